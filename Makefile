@@ -1,0 +1,79 @@
+# `make help` lists what there is. On Debian 12 only Go, git, make and CA
+# certificates are expected; targets that need more install it (scripts/need).
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+FUZZTIME ?= 30s
+BENCH    ?= .
+COMMANDS := castrad castra-guestd castractl
+VERSION  := $(shell scripts/version)
+
+# Where Go has never run, what it keeps goes into the checkout: trying Castra out
+# leaves nothing in a home.
+ifeq ($(wildcard $(HOME)/go $(HOME)/.config/go $(HOME)/.cache/go-build),)
+export GOPATH          := $(CURDIR)/.go
+export XDG_CACHE_HOME  := $(CURDIR)/.go/cache
+export XDG_CONFIG_HOME := $(CURDIR)/.go/config
+export GOFLAGS         := $(GOFLAGS) -modcacherw# or clean could not remove it
+endif
+
+.PHONY: help
+help: ## list these targets
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+.PHONY: build
+build: ## bin/: static, version-stamped, the same bytes from any directory
+	CGO_ENABLED=0 go build -trimpath -buildvcs=false \
+	  -ldflags '-s -w -X main.version=$(VERSION)' -o bin/ $(COMMANDS:%=./%)
+
+.PHONY: check
+check: build lint unit ## the quick loop: build, lint, unit tests with the race detector
+
+.PHONY: lint
+lint:
+	scripts/need shellcheck
+	scripts/lint
+
+# The race detector needs a C compiler.
+.PHONY: unit
+unit:
+	scripts/need gcc libc6-dev
+	go test -race ./...
+	@echo 'unit: the end-to-end tests were left out; make test runs them'
+
+.PHONY: test
+test: ## every test, with real processes and a real VM; installs what it needs
+	scripts/need gcc libc6-dev shellcheck dbus-daemon qemu-system-x86 mmdebstrap e2fsprogs
+	$(MAKE) --no-print-directory -j2 -O check vm-base
+	$(MAKE) --no-print-directory e2e
+
+.PHONY: e2e
+e2e: build
+	CASTRA_E2E=1 go test -race -count=1 -timeout 30m ./e2e
+
+.PHONY: demo
+demo: build ## a host and two guests on loopback, messages both ways
+	scripts/demo
+
+.PHONY: vm
+vm: build ## boot a Debian VM with castra-guestd in it; a prompt beside it
+	scripts/vm
+
+.PHONY: vm-base
+vm-base: # so that the download runs beside the linters
+	scripts/vm-base
+
+.PHONY: bench
+bench: build ## the benchmarks; BENCH=regexp picks
+	scripts/need dbus-daemon
+	CASTRA_E2E=1 go test -run '^$$' -bench '$(BENCH)' -benchmem -timeout 30m ./...
+
+.PHONY: fuzz
+fuzz: ## every fuzz target for FUZZTIME (30s)
+	scripts/fuzz $(FUZZTIME)
+
+.PHONY: clean
+clean: ## remove what was built; tools, VM image and other caches too with ALL=1
+	rm -rf bin dist .run $(if $(ALL),.go .tools .vm)

@@ -1,0 +1,148 @@
+package broker
+
+import (
+	"container/list"
+	"context"
+	"errors"
+	"net"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/castrabus/castra/internal/session"
+)
+
+// acceptPause is how long the accept loop waits after an error, most likely a
+// lack of descriptors, that trying at once would only repeat.
+const acceptPause = 100 * time.Millisecond
+
+// listener is a socket with an accept loop that can be asked whether it lives.
+type listener struct {
+	net.Listener
+	// asked has room for one question: there is one watchdog.
+	asked chan chan struct{}
+}
+
+func newListener(ln net.Listener) *listener {
+	return &listener{Listener: ln, asked: make(chan chan struct{}, 1)}
+}
+
+// ping returns when the accept loop has answered.
+func (l *listener) ping(ctx context.Context) error {
+	d, ok := l.Listener.(interface{ SetDeadline(time.Time) error })
+	if !ok {
+		return nil
+	}
+	answer := make(chan struct{})
+	select {
+	case l.asked <- answer:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	if err := d.SetDeadline(time.Unix(1, 0)); err != nil { // makes Accept return
+		return err
+	}
+	select {
+	case <-answer:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// answer answers a ping if Accept failed because of one.
+func (l *listener) answer(err error) bool {
+	if !errors.Is(err, os.ErrDeadlineExceeded) {
+		return false
+	}
+	if d, ok := l.Listener.(interface{ SetDeadline(time.Time) error }); ok {
+		_ = d.SetDeadline(time.Time{})
+	}
+	select {
+	case a := <-l.asked:
+		close(a)
+	default:
+	}
+	return true
+}
+
+// accept hands every connection to a goroutine of its own, so that a silent
+// one delays nobody.
+func (b *Broker) accept(l *listener) {
+	failing := false
+	for {
+		conn, err := l.Accept()
+		switch {
+		case err == nil:
+			failing = false
+			b.work.Go(func() { b.serve(conn) })
+		case errors.Is(err, net.ErrClosed):
+			return
+		case l.answer(err):
+		default:
+			if !failing {
+				b.log.WithError(err).Error("cannot accept a connection; trying again")
+			}
+			failing = true
+			select {
+			case <-time.After(acceptPause):
+			case <-b.ctx.Done():
+				return
+			}
+		}
+	}
+}
+
+func (b *Broker) serve(conn net.Conn) {
+	c, ok := conn.(session.Conn)
+	if !ok {
+		b.log.WithField("addr", conn.RemoteAddr()).Errorf("a %T cannot carry a session", conn)
+		_ = conn.Close()
+		return
+	}
+	done := b.handshakes.enter(c)
+	session.Serve(b.ctx, &greeted{Conn: c, done: done}, b, b.sessionOptions())
+	done()
+}
+
+// greeted is a connection that leaves the list of unfinished handshakes when
+// its deadline is lifted: that is when the session begins.
+type greeted struct {
+	session.Conn
+	done func()
+}
+
+func (g *greeted) SetDeadline(t time.Time) error {
+	if t.IsZero() {
+		g.done()
+	}
+	return g.Conn.SetDeadline(t)
+}
+
+// handshakes are the connections without a session. Every guest comes from the
+// same address, so when there are too many the oldest goes: refusing newcomers
+// would let one silent guest shut all others out.
+type handshakes struct {
+	max int
+
+	mu  sync.Mutex
+	all list.List // of session.Conn, oldest first
+}
+
+func (h *handshakes) enter(c session.Conn) (leave func()) {
+	h.mu.Lock()
+	e := h.all.PushBack(c)
+	var oldest session.Conn
+	if h.max > 0 && h.all.Len() > h.max {
+		oldest = h.all.Remove(h.all.Front()).(session.Conn)
+	}
+	h.mu.Unlock()
+	if oldest != nil {
+		_ = oldest.Close()
+	}
+	return func() {
+		h.mu.Lock()
+		h.all.Remove(e) // nothing if it has been removed
+		h.mu.Unlock()
+	}
+}

@@ -1,0 +1,178 @@
+package broker
+
+import (
+	"context"
+	"encoding/json"
+	"sync"
+	"time"
+
+	"github.com/castrabus/castra/internal/bus"
+	"github.com/castrabus/castra/internal/eventlog"
+	"github.com/castrabus/castra/internal/presence"
+)
+
+const (
+	// announceBatch is how many presence changes are committed at once.
+	announceBatch = 512
+
+	// announceRetry is how long to wait after the log refused them.
+	announceRetry = time.Second
+
+	// watchInterval bounds how often those who watch the VMs are called.
+	watchInterval = 50 * time.Millisecond
+)
+
+// announce publishes presence changes and tells those who watch, until the
+// broker ends. What cannot be stored is merged per VM and tried again.
+func (b *Broker) announce() {
+	var pending []presence.Change
+	retry := time.NewTimer(time.Hour)
+	retry.Stop()
+	for {
+		select {
+		case <-b.table.Wake:
+		case <-b.watchers.poke():
+		case <-retry.C:
+		case <-b.ctx.Done():
+			return
+		}
+		changes, touched := b.table.Changes()
+		pending = append(pending, changes...)
+		if pending = b.publishPresence(pending); len(pending) > 0 {
+			pending = mergeChanges(pending)
+			retry.Reset(announceRetry)
+		}
+		b.tellWatchers(touched)
+	}
+}
+
+// publishPresence stores the changes and gives those that it could not store.
+func (b *Broker) publishPresence(changes []presence.Change) []presence.Change {
+	for len(changes) > 0 {
+		n := min(len(changes), announceBatch)
+		batch := &eventlog.Batch{}
+		for _, c := range changes[:n] {
+			batch.Entries = append(batch.Entries, presenceEntry(c))
+		}
+		if err := b.events.Append(b.ctx, batch); err != nil {
+			return changes
+		}
+		for i := range batch.Entries {
+			if batch.Entries[i].Err != nil {
+				return changes[i:]
+			}
+		}
+		changes = changes[n:]
+	}
+	return nil
+}
+
+func presenceEntry(c presence.Change) eventlog.Entry {
+	state := "unreachable"
+	if c.Reachable {
+		state = "reachable"
+	}
+	payload, _ := json.Marshal(struct { // strings always marshal
+		VM     string `json:"vm"`
+		State  string `json:"state"`
+		Reason string `json:"reason"`
+	}{c.VM, state, c.Reason})
+	return eventlog.Entry{VM: bus.HostVM, Topic: []byte(presenceTopic), Payload: payload}
+}
+
+// mergeChanges keeps the newest change of each VM, in order.
+func mergeChanges(changes []presence.Change) []presence.Change {
+	newest := make(map[string]int)
+	for i, c := range changes {
+		newest[c.VM] = i
+	}
+	kept := changes[:0]
+	for i, c := range changes {
+		if newest[c.VM] == i {
+			kept = append(kept, c)
+		}
+	}
+	return kept
+}
+
+// watchers are those who want to be told of every change a person would watch.
+// They are all called by the announcing goroutine.
+type watchers struct {
+	mu    sync.Mutex
+	fns   map[int]func(bus.VM, bool)
+	next  int
+	token chan struct{} // room for one: there is something to look at
+}
+
+func (w *watchers) poke() chan struct{} {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.token == nil {
+		w.token = make(chan struct{}, 1)
+	}
+	return w.token
+}
+
+// stateChanged makes the announcing goroutine look, though no VM has changed.
+func (w *watchers) stateChanged() {
+	select {
+	case w.poke() <- struct{}{}:
+	default:
+	}
+}
+
+func (w *watchers) list() []func(bus.VM, bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	fns := make([]func(bus.VM, bool), 0, len(w.fns))
+	for _, fn := range w.fns {
+		fns = append(fns, fn)
+	}
+	return fns
+}
+
+// Watch makes the broker call fn, from one goroutine and never under a lock, on
+// each change of a VM that a person would watch; removed says that the VM is
+// no longer known. fn must not wait.
+func (b *Broker) Watch(fn func(vm bus.VM, removed bool)) (cancel func()) {
+	w := &b.watchers
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.fns == nil {
+		w.fns = make(map[int]func(bus.VM, bool))
+	}
+	id := w.next
+	w.next++
+	w.fns[id] = fn
+	return func() {
+		w.mu.Lock()
+		delete(w.fns, id)
+		w.mu.Unlock()
+	}
+}
+
+// tellWatchers tells of the VMs in touched, and then lets a moment pass, so
+// that a storm of changes is told of once a VM and not once a change.
+func (b *Broker) tellWatchers(touched []string) {
+	fns := b.watchers.list()
+	if len(fns) == 0 || len(touched) == 0 {
+		return
+	}
+	known := make(map[string]bool)
+	for _, vm := range b.describe(touched) {
+		known[vm.VM] = true
+		for _, fn := range fns {
+			fn(vm, false)
+		}
+	}
+	for _, name := range touched {
+		if !known[name] {
+			for _, fn := range fns {
+				fn(bus.VM{VM: name}, true)
+			}
+		}
+	}
+	ctx, cancel := context.WithTimeout(b.ctx, watchInterval)
+	<-ctx.Done()
+	cancel()
+}

@@ -1,0 +1,243 @@
+// Package broker is the bus on the host: it owns the event log, the presence
+// table and the sessions, and moves messages between them.
+package broker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/sirupsen/logrus"
+
+	"github.com/castrabus/castra/internal/bus"
+	"github.com/castrabus/castra/internal/eventlog"
+	"github.com/castrabus/castra/internal/identity"
+	"github.com/castrabus/castra/internal/presence"
+	"github.com/castrabus/castra/internal/session"
+	"github.com/castrabus/castra/internal/wire"
+)
+
+// Options say how a broker is set up. Those in Settings may be changed later.
+type Options struct {
+	Version  string
+	StateDir string
+	LogDir   string
+	Registry *identity.Registry
+	Log      *logrus.Logger
+
+	SyncName      string        // as configured, for status
+	SyncEvery     time.Duration // see eventlog.Options
+	SegmentSize   int64
+	HostRetention int64
+	VMRetention   int64
+	RetentionAge  time.Duration
+	MaxHandshakes int // unfinished at once; beyond it the oldest is closed
+	Settings
+}
+
+// Settings may be changed while the broker runs; sessions that began before
+// keep the timeouts they began with.
+type Settings struct {
+	AcceptUnknown    bool
+	GuestTopics      []wire.Pattern
+	HandshakeTimeout time.Duration
+	SessionTimeout   time.Duration
+	ReachableWithin  time.Duration
+	MaxSessions      int
+	MaxVMs           int
+	MaxSubscriptions int
+	Rate             presence.Rate
+}
+
+// vmSegments is how many segments a VM's retention is cut into (contract 5).
+const vmSegments = 8
+
+// Broker is a running bus. Its methods may be called by anybody at any time.
+type Broker struct {
+	opts    Options
+	log     *logrus.Logger
+	events  *eventlog.Log
+	table   *presence.Table
+	records *recorder
+	cursors *cursors
+	began   time.Time
+
+	settings atomic.Pointer[Settings]
+	state    atomic.Pointer[string] // why degraded; nil: it is not
+
+	topics   index
+	tails    waiters // those that follow the log
+	acks     waiters // those that wait for a guest's ack
+	watchers watchers
+
+	handshakes handshakes
+	listeners  []*listener
+	sessions   atomic.Int64
+
+	ctx    context.Context // done when the broker ends
+	cancel context.CancelFunc
+	work   sync.WaitGroup // the broker's own goroutines and connections
+}
+
+// Open recovers the log and makes a broker that serves nobody yet.
+func Open(opts Options) (*Broker, error) {
+	b := &Broker{opts: opts, log: opts.Log, began: time.Now()}
+	settings := opts.Settings
+	b.settings.Store(&settings)
+	b.table = presence.New(tableOptions(settings))
+	b.topics.init()
+	b.handshakes.max = opts.MaxHandshakes
+	var err error
+	if b.records, err = openRecorder(filepath.Join(opts.StateDir, "handshakes"), b.table, opts.Log); err != nil {
+		return nil, err
+	}
+	if b.cursors, err = openCursors(filepath.Join(opts.StateDir, "cursors")); err != nil {
+		return nil, err
+	}
+	if err := b.openLog(); err != nil {
+		return nil, err
+	}
+	for _, e := range opts.Registry.List() {
+		b.table.Know(e.Name)
+	}
+	b.ctx, b.cancel = context.WithCancel(context.Background())
+	b.work.Go(func() { b.records.run(b.ctx) })
+	b.work.Go(func() { b.cursors.run(b.ctx, b.log) })
+	b.work.Go(b.sweep)
+	b.work.Go(b.announce)
+	return b, nil
+}
+
+func tableOptions(s Settings) presence.Options {
+	return presence.Options{ReachableWithin: s.ReachableWithin, SessionTimeout: s.SessionTimeout, MaxVMs: s.MaxVMs}
+}
+
+func (b *Broker) openLog() error {
+	o := b.opts
+	log, rec, err := eventlog.Open(eventlog.Options{
+		Dir: filepath.Join(o.LogDir, "bus", "host"), SegmentSize: o.SegmentSize,
+		Retention: o.HostRetention, MaxAge: o.RetentionAge, SyncEvery: o.SyncEvery,
+		PerVM: &eventlog.PerVMOptions{
+			Dir:          filepath.Join(o.LogDir, "bus", "vm"),
+			IDDir:        filepath.Join(o.StateDir, "ids"),
+			PositionFile: filepath.Join(o.StateDir, "vm-streams.json"),
+			SegmentSize:  max(64<<10, o.VMRetention/vmSegments), Retention: o.VMRetention, MaxAge: o.RetentionAge,
+			Sender: bus.HostVM, Owner: topicOwner,
+			OnError: func(err error) {
+				if err != nil {
+					b.log.WithError(err).Error("cannot write the VMs' streams; they are completed when it works again")
+				} else {
+					b.log.Info("the VMs' streams are written again")
+				}
+			},
+		},
+		OnCommit: b.committed,
+		OnState:  b.logState,
+		OnDamage: func(d eventlog.Damage) {
+			b.log.WithFields(logrus.Fields{"file": d.File, "offset": d.Offset}).
+				Error("a damaged record is passed over; its readers are told of a gap")
+		},
+	})
+	if err != nil {
+		return err
+	}
+	b.events = log
+	for _, d := range rec.Damaged {
+		b.log.WithFields(logrus.Fields{"file": d.File, "offset": d.Offset}).Error("the event log has a damaged record")
+	}
+	if c := rec.Cut; c != nil {
+		b.log.WithFields(logrus.Fields{"file": c.File, "offset": c.Offset, "bytes": c.Bytes, "aside": c.Aside}).
+			Warn("an unfinished write was cut off the event log; nothing in it had been acknowledged")
+	}
+	return nil
+}
+
+func topicOwner(topic []byte) ([]byte, bool) {
+	name, ok := wire.TopicVM(string(topic))
+	return []byte(name), ok
+}
+
+// logState takes in a change of the event log's state.
+func (b *Broker) logState(s eventlog.State) {
+	if s.Degraded == "" {
+		b.state.Store(nil)
+		b.log.Info("the event log takes records again")
+	} else {
+		b.state.Store(&s.Degraded)
+		b.log.WithError(s.Err).WithField("reason", s.Degraded).
+			Error("the event log takes no records; publishes are refused until the disk answers")
+	}
+	b.watchers.stateChanged()
+}
+
+// Configure changes the settings of a running broker and looks at the registry
+// anew.
+func (b *Broker) Configure(s Settings) {
+	b.settings.Store(&s)
+	b.table.Configure(tableOptions(s))
+	for _, e := range b.opts.Registry.List() {
+		b.table.Know(e.Name)
+	}
+}
+
+// Serve accepts guests on ln until Close.
+func (b *Broker) Serve(ln net.Listener) {
+	l := newListener(ln)
+	b.listeners = append(b.listeners, l)
+	b.work.Go(func() { b.accept(l) })
+}
+
+// Ping returns once every accept loop and the committer have answered, for the
+// watchdog.
+func (b *Broker) Ping(ctx context.Context) error {
+	for _, l := range b.listeners {
+		if err := l.ping(ctx); err != nil {
+			return fmt.Errorf("accept loop of %s: %w", l.Addr(), err)
+		}
+	}
+	if err := b.events.Ping(ctx); err != nil {
+		return fmt.Errorf("committer: %w", err)
+	}
+	return nil
+}
+
+// Close ends the sessions, commits what they had sent, and closes the log.
+func (b *Broker) Close() error {
+	var errs []error
+	for _, l := range b.listeners {
+		if err := l.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
+			errs = append(errs, err)
+		}
+	}
+	b.cancel()
+	b.work.Wait()
+	errs = append(errs, b.events.Close())
+	return errors.Join(errs...)
+}
+
+// sweep looks after the deadlines of presence.
+func (b *Broker) sweep() {
+	for {
+		t := time.NewTimer(b.table.Interval())
+		select {
+		case <-t.C:
+			b.table.Sweep()
+		case <-b.ctx.Done():
+			t.Stop()
+			return
+		}
+	}
+}
+
+func (b *Broker) sessionOptions() session.Options {
+	s := b.settings.Load()
+	return session.Options{
+		HandshakeTimeout: s.HandshakeTimeout, WriteTimeout: s.SessionTimeout,
+		MaxSubscriptions: s.MaxSubscriptions, Lazy: b.events.Lazy(), Log: b.events,
+	}
+}

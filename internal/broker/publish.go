@@ -1,0 +1,106 @@
+package broker
+
+import (
+	"context"
+	"errors"
+	"strings"
+
+	"github.com/castrabus/castra/internal/bus"
+	"github.com/castrabus/castra/internal/eventlog"
+	"github.com/castrabus/castra/internal/session"
+	"github.com/castrabus/castra/internal/wire"
+)
+
+// presenceTopic is where the broker announces who comes and goes.
+const presenceTopic = "castra.presence"
+
+// Append commits a batch of a session's records.
+func (b *Broker) Append(ctx context.Context, batch *eventlog.Batch) error {
+	return b.events.Append(ctx, batch)
+}
+
+// Publish stores a message of the host's and gives its number once it would
+// survive a power cut. The error is a *bus.Error.
+func (b *Broker) Publish(ctx context.Context, req bus.PublishRequest) (uint64, error) {
+	payload, err := wire.Compact(req.Payload)
+	switch {
+	case !wire.ValidTopic(req.Topic):
+		return 0, bus.Errorf(bus.CodeBadTopic, "%q is no topic: 1 to %d of A-Za-z0-9._:/-, and behind vm: a VM's name", req.Topic, wire.MaxTopic)
+	case strings.HasPrefix(req.Topic, "castra."):
+		return 0, bus.Errorf(bus.CodeForbidden, "topics beginning castra. are published by castrad itself; choose another")
+	case req.Reply != "" && !wire.ValidTopic(req.Reply):
+		return 0, bus.Errorf(bus.CodeBadTopic, "reply %q is no topic", req.Reply)
+	case req.ID != "" && !wire.ValidID(req.ID):
+		return 0, bus.Errorf(bus.CodeInvalidArg, "an id takes 1 to %d bytes of UTF-8", wire.MaxID)
+	case err != nil:
+		return 0, bus.Errorf(bus.CodeInvalidArg, "the payload is not JSON as the bus takes it: %v", err)
+	case len(payload) > wire.MaxPayload:
+		return 0, bus.Errorf(bus.CodeTooLarge, "the payload takes %d bytes without white space, %d more than a message may", len(payload), len(payload)-wire.MaxPayload)
+	}
+	batch := &eventlog.Batch{Entries: []eventlog.Entry{{VM: bus.HostVM, Topic: []byte(req.Topic), Payload: payload}}}
+	e := &batch.Entries[0]
+	if req.ID != "" {
+		e.ID = []byte(req.ID)
+	}
+	if req.Reply != "" {
+		e.Reply = []byte(req.Reply)
+	}
+	if err := b.events.Append(ctx, batch); err != nil {
+		return 0, session.Refuse(err)
+	}
+	if e.Err != nil {
+		return 0, session.Refuse(e.Err)
+	}
+	return e.Seq, nil
+}
+
+// Acknowledged notes a guest's word that it has processed a delivery.
+func (b *Broker) Acknowledged(sub *session.Subscription, seq uint64) {
+	b.cursors.move(sub, seq)
+	b.acks.wake()
+}
+
+// WaitAck waits until a guest has acknowledged the record seq and gives its
+// name. The error is a *bus.Error; CodeNoAck when ctx ended first.
+func (b *Broker) WaitAck(ctx context.Context, seq uint64) (string, error) {
+	topic, err := b.topicOf(seq)
+	if err != nil {
+		return "", err
+	}
+	woken, leave := b.acks.join()
+	defer leave()
+	for {
+		subs := b.topics.subscribers(topic)
+		for _, sub := range subs {
+			if sub.Started() <= seq && sub.Acked() >= seq {
+				return sub.Session().VM(), nil
+			}
+		}
+		select {
+		case <-woken:
+		case <-ctx.Done():
+			if len(subs) == 0 {
+				return "", bus.Errorf(bus.CodeNoAck, "nobody is subscribed to %s; record %d is stored", topic, seq)
+			}
+			return "", bus.Errorf(bus.CodeNoAck, "no subscriber of %s has acknowledged record %d in time; it is stored", topic, seq)
+		case <-b.ctx.Done():
+			return "", bus.Errorf(bus.CodeShuttingDown, "castrad is ending; record %d is stored", seq)
+		}
+	}
+}
+
+// topicOf reads a record's topic.
+func (b *Broker) topicOf(seq uint64) (string, error) {
+	r := b.events.NewReader(seq)
+	defer r.Close()
+	var rec eventlog.Record
+	ok, err := r.Next(&rec)
+	var gap *eventlog.Gap
+	if errors.As(err, &gap) || err == nil && (!ok || rec.Seq != seq) {
+		return "", bus.Errorf(bus.CodeInvalidArg, "there is no record %d", seq)
+	}
+	if err != nil {
+		return "", bus.Errorf(bus.CodeInternal, "reading record %d: %v", seq, err)
+	}
+	return string(rec.Topic), nil
+}

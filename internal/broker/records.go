@@ -1,0 +1,317 @@
+package broker
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/sirupsen/logrus"
+
+	"github.com/castrabus/castra/internal/presence"
+	"github.com/castrabus/castra/internal/wire"
+)
+
+const (
+	// Contract 4: the event files are rotated at 16 MiB, four kept.
+	eventFileSize = 16 << 20
+	eventFileKeep = 4
+
+	// eventQueue is how many records of handshakes and troubles may wait while
+	// the disk is slow: ten thousand guests connecting at once fit. Beyond it
+	// they are counted and dropped; a handshake never waits for a disk.
+	eventQueue = 1 << 14
+
+	// A VM's file is written within a second of a handshake or a change of its
+	// subscriptions, and otherwise every thirty at most (contract 4).
+	handshakeDelay  = 200 * time.Millisecond
+	handshakePeriod = 30 * time.Second
+)
+
+// event is a line for one of the event files.
+type event struct {
+	bus  bool // bus-events.jsonl, else handshake-events.jsonl
+	body any
+}
+
+// recorder writes the files that tell of handshakes. One goroutine does it, so
+// that neither a guest nor a status ever waits for the disk.
+type recorder struct {
+	dir   string
+	table *presence.Table
+	log   *logrus.Logger
+
+	events chan event    // see eventQueue
+	wake   chan struct{} // room for one token: a VM's file is due
+
+	mu      sync.Mutex
+	due     map[string]struct{}
+	dropped int
+}
+
+func openRecorder(dir string, table *presence.Table, log *logrus.Logger) (*recorder, error) {
+	if err := os.MkdirAll(dir, 0o750); err != nil {
+		return nil, fmt.Errorf("creating the handshakes' directory: %w", err)
+	}
+	return &recorder{
+		dir: dir, table: table, log: log,
+		events: make(chan event, eventQueue), wake: make(chan struct{}, 1),
+		due: make(map[string]struct{}),
+	}, nil
+}
+
+// event records a line. It does not wait.
+func (r *recorder) event(e event) {
+	select {
+	case r.events <- e:
+	default:
+		r.mu.Lock()
+		r.dropped++
+		r.mu.Unlock()
+	}
+}
+
+// handshake makes a VM's file due.
+func (r *recorder) handshake(vm string) {
+	r.mu.Lock()
+	r.due[vm] = struct{}{}
+	r.mu.Unlock()
+	select {
+	case r.wake <- struct{}{}:
+	default:
+	}
+}
+
+// run writes until ctx is done, and then what is left.
+func (r *recorder) run(ctx context.Context) {
+	files := [2]*rotated{
+		{path: filepath.Join(r.dir, "handshake-events.jsonl")},
+		{path: filepath.Join(r.dir, "bus-events.jsonl")},
+	}
+	soon := time.NewTimer(time.Hour)
+	soon.Stop()
+	armed := false
+	period := time.NewTicker(handshakePeriod)
+	defer period.Stop()
+	for {
+		select {
+		case e := <-r.events:
+			r.note(r.append(files, e))
+		case <-r.wake:
+			if !armed {
+				soon.Reset(handshakeDelay)
+				armed = true
+			}
+		case <-soon.C:
+			armed = false
+			r.writeDue()
+		case <-period.C:
+			r.refresh()
+		case <-ctx.Done():
+			for len(r.events) > 0 {
+				r.note(r.append(files, <-r.events))
+			}
+			r.writeDue()
+			for _, f := range files {
+				r.note(f.close())
+			}
+			return
+		}
+	}
+}
+
+// append writes e and whatever else is queued, a write a file.
+func (r *recorder) append(files [2]*rotated, e event) error {
+	var lines [2][]byte
+	for n := 0; ; n++ {
+		i := 0
+		if e.bus {
+			i = 1
+		}
+		line, err := json.Marshal(e.body)
+		if err != nil {
+			return err
+		}
+		lines[i] = append(append(lines[i], line...), '\n')
+		if n >= eventQueue/8 || len(r.events) == 0 {
+			break
+		}
+		e = <-r.events
+	}
+	return errors.Join(files[0].write(lines[0]), files[1].write(lines[1]))
+}
+
+// note logs an error of the files, and how many events a full queue cost.
+func (r *recorder) note(err error) {
+	r.mu.Lock()
+	dropped := r.dropped
+	r.dropped = 0
+	r.mu.Unlock()
+	if err != nil {
+		r.log.WithError(err).Error("cannot record handshakes")
+	}
+	if dropped > 0 {
+		r.log.WithField("count", dropped).Warn("handshakes were not recorded: the disk is too slow")
+	}
+}
+
+// refresh makes the files due of all that were heard of since the last time.
+func (r *recorder) refresh() {
+	for _, name := range r.table.HeardSince(handshakePeriod) {
+		r.handshake(name)
+	}
+}
+
+func (r *recorder) writeDue() {
+	r.mu.Lock()
+	due := r.due
+	r.due = make(map[string]struct{})
+	r.mu.Unlock()
+	for name := range due {
+		if last, ok := r.table.Last(name); ok && !last.Handshake.IsZero() {
+			r.note(r.writeHandshake(name, last))
+		}
+	}
+}
+
+// handshakeFile is a VM's file (contract 4). Times are Unix seconds.
+type handshakeFile struct {
+	VM           string   `json:"vm"`
+	Timestamp    int64    `json:"timestamp"`
+	Capabilities []string `json:"capabilities"`
+	Bus          *busPart `json:"bus"`
+}
+
+type busPart struct {
+	Protocol         string   `json:"protocol"`
+	SubscribedTopics []string `json:"subscribed_topics"`
+	LastPublish      *int64   `json:"last_publish_ts"`
+	LastHeartbeat    *int64   `json:"last_heartbeat_ts"`
+	LastSubscribe    *int64   `json:"last_subscribe_ts"`
+}
+
+// writeHandshake replaces a VM's file by rename, so that nobody ever reads half
+// of one. It is not synced: after a crash the next handshake writes it anew.
+func (r *recorder) writeHandshake(name string, last presence.Last) error {
+	f := handshakeFile{VM: name, Timestamp: last.Handshake.Unix(), Capabilities: orEmpty(last.Capabilities)}
+	for _, c := range last.Capabilities {
+		if c == wire.CapBus {
+			f.Bus = &busPart{
+				Protocol: wire.CapBus, SubscribedTopics: orEmpty(last.Topics),
+				LastPublish: unix(last.Publish), LastHeartbeat: unix(last.Heartbeat), LastSubscribe: unix(last.Subscribe),
+			}
+		}
+	}
+	data, err := json.Marshal(f)
+	if err != nil {
+		return err
+	}
+	// No VM's name begins with a dot.
+	tmp := filepath.Join(r.dir, "."+name+".tmp")
+	if err := os.WriteFile(tmp, append(data, '\n'), 0o640); err != nil {
+		return err
+	}
+	return os.Rename(tmp, filepath.Join(r.dir, name+".json"))
+}
+
+func orEmpty(s []string) []string {
+	if s == nil {
+		return []string{}
+	}
+	return s
+}
+
+func unix(t time.Time) *int64 {
+	if t.IsZero() {
+		return nil
+	}
+	s := t.Unix()
+	return &s
+}
+
+func handshakeEvent(vm string, caps []string, outcome, reason, remote string) event {
+	return event{body: struct {
+		Timestamp    int64    `json:"timestamp"`
+		VM           string   `json:"vm"`
+		Capabilities []string `json:"capabilities"`
+		Kind         string   `json:"session_kind"`
+		Outcome      string   `json:"session_outcome"`
+		Reason       string   `json:"reason,omitempty"`
+		Remote       string   `json:"remote_addr"`
+	}{time.Now().Unix(), vm, orEmpty(caps), "guest", outcome, reason, remote}}
+}
+
+func busEvent(vm, session, reason, action, detail string) event {
+	return event{bus: true, body: struct {
+		Timestamp int64  `json:"timestamp"`
+		VM        string `json:"vm"`
+		Session   string `json:"session"`
+		Reason    string `json:"reason"`
+		Action    string `json:"action"`
+		Detail    string `json:"detail,omitempty"`
+	}{time.Now().Unix(), vm, session, reason, action, detail}}
+}
+
+// rotated is a file of lines that is set aside when it is large.
+type rotated struct {
+	path string
+	f    *os.File
+	size int64
+}
+
+func (r *rotated) write(lines []byte) error {
+	if len(lines) == 0 {
+		return nil
+	}
+	if r.f == nil {
+		f, err := os.OpenFile(r.path, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o640)
+		if err != nil {
+			return err
+		}
+		st, err := f.Stat()
+		if err != nil {
+			return errors.Join(err, f.Close())
+		}
+		r.f, r.size = f, st.Size()
+	}
+	if r.size > 0 && r.size+int64(len(lines)) > eventFileSize {
+		if err := errors.Join(r.close(), r.shift()); err != nil {
+			return err
+		}
+		return r.write(lines)
+	}
+	n, err := r.f.Write(lines)
+	r.size += int64(n)
+	if err != nil { // open it again next time: it may have been replaced
+		return errors.Join(err, r.close())
+	}
+	return nil
+}
+
+// shift renames path to path.1 and so on; the oldest goes.
+func (r *rotated) shift() error {
+	for i := eventFileKeep - 1; i >= 0; i-- {
+		from := r.path
+		if i > 0 {
+			from = fmt.Sprintf("%s.%d", r.path, i)
+		}
+		if err := os.Rename(from, fmt.Sprintf("%s.%d", r.path, i+1)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	return nil
+}
+
+func (r *rotated) close() error {
+	if r.f == nil {
+		return nil
+	}
+	err := r.f.Close()
+	r.f = nil
+	return err
+}

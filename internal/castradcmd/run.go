@@ -1,0 +1,305 @@
+// Package castradcmd is castrad's main program: it reads the configuration,
+// puts the parts together and takes them down again.
+package castradcmd
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/sirupsen/logrus"
+
+	"github.com/castrabus/castra/internal/broker"
+	"github.com/castrabus/castra/internal/config"
+	"github.com/castrabus/castra/internal/dbusapi"
+	"github.com/castrabus/castra/internal/identity"
+	"github.com/castrabus/castra/internal/logging"
+	"github.com/castrabus/castra/internal/sdnotify"
+)
+
+// statusInterval is how often the line in `systemctl status` is brought up to
+// date; it is sent only when it has changed.
+const statusInterval = time.Second
+
+// Main runs castrad with the arguments behind its name and gives its exit
+// status: 0 after a clean end, 1 after a failure, 2 for wrong usage.
+func Main(version string, args []string, stdout, stderr io.Writer) int {
+	fs := flag.NewFlagSet("castrad", flag.ContinueOnError)
+	fs.SetOutput(stderr)
+	path := fs.String("config", config.HostPath, "the configuration `file`; drop-ins are FILE.d/*.toml")
+	check := fs.Bool("check-config", false, "check the configuration and exit")
+	showVersion := fs.Bool("version", false, "print the version and exit")
+	debug := fs.Bool("debug", false, "log more")
+	if err := fs.Parse(args); err != nil {
+		if errors.Is(err, flag.ErrHelp) {
+			return 0
+		}
+		return 2
+	}
+	if fs.NArg() > 0 {
+		fmt.Fprintf(stderr, "castrad: unexpected argument %q; castrad --help lists the options\n", fs.Arg(0))
+		return 2
+	}
+	if *showVersion {
+		fmt.Fprintln(stdout, "castrad", version)
+		return 0
+	}
+	cfg, err := load(*path)
+	if err != nil {
+		fmt.Fprintln(stderr, "castrad:", err)
+		return 1
+	}
+	if *check {
+		fmt.Fprintf(stdout, "%s: the configuration is good\n", *path)
+		return 0
+	}
+	level := logrus.InfoLevel
+	if *debug {
+		level = logrus.DebugLevel
+	}
+	d := &daemon{version: version, path: *path, cfg: cfg, log: logging.New(level)}
+	if err := d.run(); err != nil {
+		d.log.WithError(err).Error("castrad ends")
+		return 1
+	}
+	return 0
+}
+
+// daemon is a running castrad.
+type daemon struct {
+	version string
+	path    string
+	cfg     config.Host
+	log     *logrus.Logger
+
+	broker *broker.Broker
+	reg    *identity.Registry
+	status sdnotify.Status
+
+	mu  sync.Mutex
+	bus string // why there is no D-Bus; empty: it is served
+}
+
+func (d *daemon) run() error {
+	signals := make(chan os.Signal, 4) // a few in a row while one is acted on
+	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
+	defer signal.Stop(signals)
+
+	listeners, err := d.listeners()
+	if err != nil {
+		return err
+	}
+	unlock, err := d.open()
+	if err != nil {
+		return err
+	}
+	defer unlock()
+
+	ctx, cancel := context.WithCancel(context.Background())
+	var work sync.WaitGroup
+	// The name is owned before the first guest is greeted.
+	api, err := dbusapi.Start(ctx, dbusapi.Options{
+		Log: logrus.NewEntry(d.log), Bus: d.broker, Registry: d.broker, OnState: d.busState,
+	})
+	if err != nil {
+		cancel()
+		return errors.Join(err, d.broker.Close())
+	}
+	for _, ln := range listeners {
+		d.broker.Serve(ln)
+		d.log.WithField("addr", ln.Addr().String()).Info("listening for guests")
+	}
+	if err := sdnotify.Notify("READY=1"); err != nil {
+		d.log.WithError(err).Warn("cannot tell the service manager that castrad is ready")
+	}
+	work.Go(func() { d.keepStatus(ctx) })
+	if interval, ok := sdnotify.WatchdogInterval(); ok {
+		work.Go(func() {
+			sdnotify.RunWatchdog(ctx, interval, func(err error) { d.log.WithError(err).Error("the watchdog is not fed") }, d.broker.Ping)
+		})
+	}
+	for sig := range signals {
+		if sig != syscall.SIGHUP {
+			break
+		}
+		d.reload()
+	}
+	d.notify("STOPPING=1\nSTATUS=Ending sessions")
+	cancel()
+	work.Wait()
+	api.Close()
+	return d.broker.Close()
+}
+
+// notify tells the service manager; it can do without.
+func (d *daemon) notify(state string) {
+	if err := sdnotify.Notify(state); err != nil {
+		d.log.WithError(err).Debug("the service manager was not told")
+	}
+}
+
+// listeners gives the sockets that guests connect to: those that systemd passed
+// in, else those that the configuration names.
+func (d *daemon) listeners() ([]net.Listener, error) {
+	passed, err := sdnotify.Listeners()
+	if err != nil {
+		return nil, fmt.Errorf("taking over the sockets passed in: %w", err)
+	}
+	var lns []net.Listener
+	for _, p := range passed {
+		// Health and metrics sockets are taken over and left unserved: nothing is
+		// served there yet, and closing them would make systemd start castrad
+		// over and over.
+		if p.Use == sdnotify.SocketBus {
+			lns = append(lns, p.Listener)
+		}
+	}
+	if len(lns) > 0 {
+		return lns, nil
+	}
+	for _, addr := range d.cfg.Broker.Listen {
+		ln, err := net.Listen("tcp", addr)
+		if err != nil {
+			for _, ln := range lns {
+				err = errors.Join(err, ln.Close())
+			}
+			return nil, fmt.Errorf("listening for guests (broker.listen): %w", err)
+		}
+		lns = append(lns, ln)
+	}
+	if len(lns) == 0 {
+		return nil, errors.New("nowhere to listen: broker.listen is empty and no socket was passed in")
+	}
+	return lns, nil
+}
+
+// open opens what is on disk. unlock lets another castrad have it.
+func (d *daemon) open() (unlock func(), err error) {
+	s := d.cfg.Store
+	for _, dir := range []string{s.StateDir, s.LogDir} {
+		if err := os.MkdirAll(dir, 0o750); err != nil {
+			return nil, fmt.Errorf("creating castrad's directories: %w", err)
+		}
+	}
+	var locks []*os.File
+	unlock = func() {
+		for _, f := range locks {
+			_ = f.Close()
+		}
+	}
+	for _, dir := range []string{s.StateDir, s.LogDir} {
+		f, err := lock(dir)
+		if err != nil {
+			unlock()
+			return nil, err
+		}
+		locks = append(locks, f)
+	}
+	reg, problems, err := identity.Open(filepath.Join(s.StateDir, "vms"), d.cfg.Broker.VMsDir)
+	if err == nil {
+		d.reg = reg
+		d.complain(problems)
+		d.broker, err = broker.Open(d.brokerOptions())
+	}
+	if err != nil {
+		unlock()
+		return nil, err
+	}
+	return unlock, nil
+}
+
+// lock makes sure that no other castrad uses dir: two writers would destroy the
+// event log.
+func lock(dir string) (*os.File, error) {
+	path := filepath.Join(dir, ".castrad.lock")
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("locking %s: %w", dir, err)
+	}
+	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+		return nil, errors.Join(fmt.Errorf("%s is in use by another castrad (%s is locked); stop that one, or name another directory in the configuration", dir, path), f.Close())
+	}
+	return f, nil
+}
+
+func (d *daemon) complain(problems []identity.Problem) {
+	for _, p := range problems {
+		d.log.WithField("file", p.File).Errorf("a VM's registration is not used: %s", p.Reason)
+	}
+}
+
+// reload takes the configuration in again, as far as it may change.
+func (d *daemon) reload() {
+	if err := sdnotify.Reloading(); err != nil {
+		d.log.WithError(err).Debug("the service manager was not told")
+	}
+	cfg, err := load(d.path)
+	if err != nil {
+		d.log.WithError(err).Error("the configuration is kept as it was")
+	} else {
+		problems, err := d.reg.Reload()
+		if err != nil {
+			d.log.WithError(err).Error("the registry of VMs is kept as it was")
+		}
+		d.complain(problems)
+		d.cfg = cfg
+		d.broker.Configure(settings(cfg))
+		d.log.Info("the configuration was read again")
+	}
+	d.notify("READY=1")
+}
+
+// busState takes in whether D-Bus is served.
+func (d *daemon) busState(owned bool, err error) {
+	d.mu.Lock()
+	d.bus = ""
+	if !owned && err != nil {
+		d.bus = err.Error()
+	}
+	d.mu.Unlock()
+	switch {
+	case owned:
+		d.log.Info("serving org.castra.Bus1 on the message bus")
+	case err != nil:
+		d.log.WithError(err).Warn("no message bus: guests are served, castractl is not; trying again in the background")
+	}
+}
+
+// keepStatus keeps the line in `systemctl status` true.
+func (d *daemon) keepStatus(ctx context.Context) {
+	t := time.NewTicker(statusInterval)
+	defer t.Stop()
+	for {
+		if err := d.status.Set(d.statusLine()); err != nil {
+			d.log.WithError(err).Debug("the service manager was not told")
+		}
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+func (d *daemon) statusLine() string {
+	sessions, reachable := d.broker.Counts()
+	line := fmt.Sprintf("%d guests reachable, %d sessions, %d VMs registered", reachable, sessions, d.reg.Len())
+	if state := d.broker.State(); state != "running" {
+		line = state + "; " + line
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.bus != "" {
+		line += "; no message bus: castractl cannot be served"
+	}
+	return line
+}

@@ -1,0 +1,218 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/castrabus/castra/internal/bus"
+	"github.com/castrabus/castra/internal/dbusclient"
+)
+
+func newStatusCmd(f *Factory) *cobra.Command {
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use:   "status [VM…]",
+		Short: "Show the bus, its VMs and who was turned away",
+		Long: `Show the state of the bus and of the VMs on it, all of them or the named ones.
+
+With names, the exit code is 3 if one of them is not reachable, and 4 if one of
+them is not known. castrad is not started for this.`,
+		Args:              vmArgs(0, 0),
+		ValidArgsFunction: f.completeVMs,
+		RunE: func(cmd *cobra.Command, names []string) error {
+			return f.runStatus(cmd.Context(), names, asJSON)
+		},
+	}
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON")
+	return cmd
+}
+
+func (f *Factory) runStatus(ctx context.Context, names []string, asJSON bool) error {
+	st, err := f.status(ctx, NoStart, names)
+	idle := false
+	if errors.Is(err, dbusclient.ErrNotRunning) && f.socketIdle(ctx) {
+		// The first guest or the first publish starts castrad: nothing is wrong.
+		st, err, idle = idleStatus(), nil, true
+	}
+	if err != nil {
+		return err
+	}
+	switch {
+	case asJSON:
+		err = f.printJSON(st)
+	case idle:
+		_, err = fmt.Fprintln(f.IO.Out, "castrad is idle: its socket listens, and the first guest to connect starts it")
+	default:
+		err = f.paged(func(w io.Writer) error { return f.writeStatus(w, &st, len(names) > 0) })
+	}
+	if err != nil && !isBrokenPipe(err) {
+		return err
+	}
+	return judge(&st, names, idle)
+}
+
+// judge turns the state of the named VMs into the command's end.
+func judge(st *bus.Status, names []string, idle bool) error {
+	var unknown, away []string
+	for _, name := range names {
+		vm := findVM(st, name)
+		switch {
+		case idle:
+			away = append(away, name)
+		case vm == nil:
+			unknown = append(unknown, name)
+		case !vm.Reachable:
+			away = append(away, name)
+		}
+	}
+	switch {
+	case len(unknown) > 0:
+		return errNoSuchVM(unknown...)
+	case len(away) > 0:
+		return exitf(ExitUnreachable, "not reachable: %s; wait for it: castractl wait %s", strings.Join(away, ", "), strings.Join(away, " "))
+	}
+	return nil
+}
+
+func (f *Factory) socketIdle(ctx context.Context) bool {
+	client, err := f.Client(ctx, NoStart)
+	if err != nil {
+		return false
+	}
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	return client.SocketIdle(ctx)
+}
+
+// idleStatus is what is true of a bus whose daemon has not been needed yet.
+func idleStatus() bus.Status {
+	return bus.Status{
+		Broker:  bus.Broker{Kind: "host", State: "idle", Listen: []string{}},
+		VMs:     []bus.VM{},
+		Refused: []bus.Refused{},
+	}
+}
+
+// writeStatus prints the state for people; some of it only when all VMs were
+// asked for.
+func (f *Factory) writeStatus(w io.Writer, st *bus.Status, named bool) error {
+	if !named {
+		if err := f.writeBroker(w, &st.Broker); err != nil {
+			return err
+		}
+	}
+	if len(st.VMs) > 0 {
+		if err := f.writeVMs(w, st.VMs); err != nil {
+			return err
+		}
+	} else if !named && st.Broker.Kind != kindGuest {
+		if _, err := fmt.Fprintln(w, "No VM is known yet; register one: castractl vm add NAME"); err != nil {
+			return err
+		}
+	}
+	if named {
+		return nil
+	}
+	return f.writeRefused(w, st.Refused)
+}
+
+const kindGuest = "guest"
+
+func (f *Factory) writeBroker(w io.Writer, b *bus.Broker) error {
+	name := "castrad"
+	if b.Kind == kindGuest {
+		name = "castra-guestd"
+	}
+	up := shortSpan(time.Duration(b.UptimeMS) * time.Millisecond)
+	var lines strings.Builder
+	fmt.Fprintf(&lines, "%s %s: %s, up %s\n", name, escape(b.Version), f.IO.paint(stateStyle(b.State), escape(b.State)), up)
+	if b.Kind == kindGuest {
+		if b.ConnectedTo != "" {
+			fmt.Fprintf(&lines, "connected to %s\n", escape(b.ConnectedTo))
+		} else {
+			fmt.Fprintf(&lines, "not connected; the host is looked for at %s\n", escape(strings.Join(b.Listen, ", ")))
+		}
+		if b.SpoolCount > 0 {
+			fmt.Fprintf(&lines, "%d messages (%d bytes) kept until the host has them\n", b.SpoolCount, b.SpoolBytes)
+		}
+	} else {
+		fmt.Fprintf(&lines, "VMs reachable: %d, registered: %d, sessions: %d, newest record: %d\n", b.Reachable, b.Registered, b.Sessions, b.HeadSeq)
+		fmt.Fprintf(&lines, "listening on %s, records in %s\n", escape(strings.Join(b.Listen, ", ")), escape(b.LogDir))
+	}
+	lines.WriteByte('\n')
+	_, err := io.WriteString(w, lines.String())
+	return err
+}
+
+// stateStyle marks a daemon's state by its first word: what follows is a reason.
+func stateStyle(state string) style {
+	switch word, _, _ := strings.Cut(state, ":"); word {
+	case "running":
+		return green
+	case "degraded", "refused":
+		return red
+	}
+	return yellow
+}
+
+func (f *Factory) writeVMs(w io.Writer, vms []bus.VM) error {
+	t := table{columns: []column{
+		{title: "VM", yield: cutMiddle},
+		{title: "STATE"},
+		{title: "HANDSHAKE", right: true},
+		{title: "PUBLISH", right: true},
+		{title: "HEARTBEAT", right: true},
+		{title: "SUBSCRIPTIONS", yield: cutEnd},
+	}}
+	for _, vm := range vms {
+		t.add(
+			cell{vm.VM, plain},
+			cell{vm.State, vmStyle(&vm)},
+			cell{age(vm.LastHandshakeAgeMS), plain},
+			cell{age(vm.LastPublishAgeMS), plain},
+			cell{age(vm.LastHeartbeatAgeMS), plain},
+			cell{strings.Join(vm.Subscriptions, " "), plain},
+		)
+	}
+	if err := t.write(w, &f.IO, !f.NoLegend); err != nil {
+		return err
+	}
+	if f.NoLegend {
+		return nil
+	}
+	_, err := fmt.Fprint(w, f.IO.paint(faint, "HANDSHAKE, PUBLISH, HEARTBEAT: time since the last one, - if there was none."), "\n")
+	return err
+}
+
+func vmStyle(vm *bus.VM) style {
+	if vm.Reachable {
+		return green
+	}
+	return red
+}
+
+// writeRefused lists who was turned away, and below each what lets it in.
+func (f *Factory) writeRefused(w io.Writer, refused []bus.Refused) error {
+	if len(refused) == 0 {
+		return nil
+	}
+	var lines strings.Builder
+	if !f.NoLegend {
+		lines.WriteString("\nTurned away in the last hour:\n")
+	}
+	for _, r := range refused {
+		ago := shortSpan(time.Duration(r.AgeMS) * time.Millisecond)
+		fmt.Fprintf(&lines, "  %s  %s, %s ago\n", f.IO.paint(bold, escape(r.VM)), f.IO.paint(yellow, escape(r.Reason)), ago)
+		if !f.Quiet {
+			fmt.Fprintf(&lines, "      %s\n", remedy(&r))
+		}
+	}
+	_, err := io.WriteString(w, lines.String())
+	return err
+}

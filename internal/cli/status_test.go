@@ -1,0 +1,130 @@
+package cli
+
+import (
+	"encoding/json"
+	"strings"
+	"testing"
+	"unicode/utf8"
+
+	"github.com/castrabus/castra/internal/bus"
+	"github.com/castrabus/castra/internal/dbusclient"
+)
+
+func terminal(f *Factory) { f.IO.Width = 80 }
+
+func colour(f *Factory) { f.IO.Terminal, f.IO.Colour, f.IO.Width = true, true, 80 }
+
+func TestStatusTables(t *testing.T) {
+	for name, c := range map[string]struct {
+		args   []string
+		change func(*Factory)
+	}{
+		"status.txt":           {[]string{"status"}, terminal},
+		"status-pipe.txt":      {[]string{"status"}, func(*Factory) {}},
+		"status-colour.txt":    {[]string{"status"}, colour},
+		"status-no-legend.txt": {[]string{"status", "--no-legend", "-q"}, terminal},
+		"vm-list.txt":          {[]string{"vm", "list"}, terminal},
+		"vm-show.txt":          {[]string{"vm", "show", "web1"}, terminal},
+		"status.json":          {[]string{"status", "--json"}, func(*Factory) {}},
+		"status-terminal.json": {[]string{"status", "--json"}, func(f *Factory) { f.IO.Terminal = true }},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := run(t, withStatus(), c.args, c.change)
+			if r.code != 0 || r.err != "" {
+				t.Fatalf("exit code %d, stderr %q", r.code, r.err)
+			}
+			golden(t, name, r.out)
+			if strings.HasSuffix(name, ".json") {
+				return
+			}
+			for line := range strings.Lines(r.out) {
+				line = strings.TrimSuffix(line, "\n")
+				if strings.ContainsAny(line, "\x1b\u009b") && name != "status-colour.txt" {
+					t.Errorf("a control character reaches the terminal: %q", line)
+				}
+				if name == "status.txt" && utf8.RuneCountInString(line) > 80 {
+					t.Errorf("wider than 80 columns: %q", line)
+				}
+			}
+		})
+	}
+}
+
+func TestStatusGuest(t *testing.T) {
+	guest := func(b bus.Broker) *fakeClient {
+		b.Kind, b.Version, b.Listen, b.UptimeMS = "guest", "0.1.0", []string{"10.0.2.2:7070"}, 5_000
+		return &fakeClient{status: func([]string) (bus.Status, error) { return bus.Status{Broker: b}, nil }}
+	}
+	r := run(t, guest(bus.Broker{State: "running", ConnectedTo: "10.0.2.2:7070"}), []string{"status"})
+	r.want(t, 0, "castra-guestd 0.1.0: running, up 5s\nconnected to 10.0.2.2:7070\n", "")
+	r = run(t, guest(bus.Broker{State: "refused: unknown-vm", SpoolCount: 3, SpoolBytes: 300}), []string{"status"})
+	r.want(t, 0, "not connected; the host is looked for at 10.0.2.2:7070\n3 messages (300 bytes) kept", "")
+}
+
+func TestStatusExitCodes(t *testing.T) {
+	for _, c := range []struct {
+		args []string
+		code int
+		err  string
+	}{
+		{[]string{"status", "web1"}, ExitDone, ""},
+		{[]string{"status", "web1", "db1"}, ExitDone, ""},
+		{[]string{"status", "web1", "new1"}, ExitUnreachable, "not reachable: new1; wait for it: castractl wait new1"},
+		{[]string{"status", "web1", "--json", "new1"}, ExitUnreachable, "new1"},
+		{[]string{"status", "nobody", "new1"}, ExitNoSuchVM, "no VM is named nobody"},
+		{[]string{"status", "x y"}, ExitUsage, "no VM name"},
+		{[]string{"status", "--nonsense"}, ExitUsage, "unknown flag"},
+	} {
+		r := run(t, withStatus(), c.args)
+		if r.code != c.code || !strings.Contains(r.err, c.err) || c.err == "" && r.err != "" {
+			t.Errorf("%q: exit code %d, stderr %q; want %d, %q", c.args, r.code, r.err, c.code, c.err)
+		}
+		if c.code != ExitUsage && !strings.Contains(r.out, "web1") && !strings.Contains(r.out, "new1") {
+			t.Errorf("%q: the state is not shown: %q", c.args, r.out)
+		}
+	}
+}
+
+func TestStatusWithoutCastrad(t *testing.T) {
+	gone := func(idle bool) *fakeClient {
+		return &fakeClient{idle: idle, status: func([]string) (bus.Status, error) { return bus.Status{}, dbusclient.ErrNotRunning }}
+	}
+	run(t, gone(true), []string{"status"}).want(t, ExitDone, "castrad is idle", "")
+	run(t, gone(true), []string{"status", "web1"}).want(t, ExitUnreachable, "castrad is idle", "not reachable: web1")
+	run(t, gone(false), []string{"status"}).want(t, ExitNoCastrad, "", "daemon not running")
+	run(t, gone(false), []string{"status", "--json"}).want(t, ExitNoCastrad, "", "daemon not running")
+	run(t, gone(true), []string{"vm", "list"}).want(t, ExitNoCastrad, "", "castrad is idle")
+	run(t, gone(true), []string{"ports"}).want(t, ExitNoCastrad, "", "castrad is idle")
+
+	r := run(t, gone(true), []string{"status", "--json"})
+	var got struct {
+		Broker  struct{ State string }
+		VMs     []any
+		Refused []any
+	}
+	if err := json.Unmarshal([]byte(r.out), &got); err != nil || r.code != 0 {
+		t.Fatalf("exit code %d, %v: %q", r.code, err, r.out)
+	}
+	if got.Broker.State != "idle" || got.VMs == nil || got.Refused == nil {
+		t.Errorf("idle as JSON: %q", r.out)
+	}
+}
+
+func TestRemedies(t *testing.T) {
+	for _, c := range []struct{ vm, reason, want string }{
+		{"web9", "unknown-vm", "castractl vm add web9"},
+		{"web9", "auth-required", "castractl vm rekey web9"},
+		{"web9", "auth-failed", "castractl vm rekey web9"},
+		{"a b", "invalid-name", "valid name"},
+		{"HOST", "reserved-identity", "valid name"},
+		{"web9", "forbidden", "host-bus"},
+		{"web9", "read-timeout", "castractl logs web9"},
+		{"$(reboot)", "unknown-vm", "valid name"},
+		{"127.0.0.1:4711", "protocol-error", "valid name"},
+	} {
+		got := remedy(&bus.Refused{VM: c.vm, Reason: c.reason})
+		if !strings.Contains(got, c.want) {
+			t.Errorf("%s for %s: %q, want %q in it", c.reason, c.vm, got, c.want)
+		}
+	}
+}

@@ -1,0 +1,153 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"strconv"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/castrabus/castra/internal/bus"
+	"github.com/castrabus/castra/internal/wire"
+)
+
+type tailOptions struct {
+	topics       []string
+	vm           string
+	lines        string
+	from         uint64
+	since, until string
+	cursorFile   string
+	follow, once bool
+	format       string
+}
+
+func newTailCmd(f *Factory) *cobra.Command {
+	var o tailOptions
+	cmd := &cobra.Command{
+		Use:   "tail",
+		Short: "Show the record, and follow it",
+		Long: `Show the last 10 records and follow with what is new, until Ctrl-C.
+
+T is a moment: "2006-01-02 15:04:05", RFC 3339, today, yesterday, now, -5min or
+"5min ago". Patterns: dots separate tokens, * is one token, a final > the rest.`,
+		Example: `  castractl bus tail --vm web1
+  castractl bus tail --topic 'orders.*' --since -1h -o json | jq .payload
+  castractl bus tail --no-follow --cursor-file seen -o json`,
+		Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			req, err := o.request(cmd, f.Now())
+			if err != nil {
+				return err
+			}
+			return f.runTail(cmd.Context(), &o, req)
+		},
+	}
+	flags := cmd.Flags()
+	flags.StringVar(&o.vm, "vm", "", "only what this VM published and what was sent to vm:`NAME`")
+	flags.StringArrayVar(&o.topics, "topic", nil, "only topics that match `PATTERN`; may be repeated")
+	flags.StringVarP(&o.lines, "lines", "n", "10", "begin with the last `N` records, or with \"all\"")
+	flags.Uint64Var(&o.from, "from", 0, "begin with the record of number `SEQ`")
+	flags.StringVar(&o.since, "since", "", "begin with the first record at or after `T`")
+	flags.StringVar(&o.until, "until", "", "leave out records after `T`, and end there")
+	flags.StringVar(&o.cursorFile, "cursor-file", "", "begin after the record noted in `FILE`, if there is one, and note the last one shown")
+	flags.BoolVarP(&o.follow, "follow", "f", true, "go on with new records")
+	flags.BoolVar(&o.once, "no-follow", false, "end at the newest record")
+	flags.StringVarP(&o.format, "output", "o", "short", "`FORMAT`: short, cat, json or json-pretty")
+	_ = cmd.RegisterFlagCompletionFunc("vm", f.completeVM)
+	_ = cmd.RegisterFlagCompletionFunc("output", cobra.FixedCompletions(formats, cobra.ShellCompDirectiveNoFileComp))
+	return cmd
+}
+
+// request turns the flags into what the bus is asked for.
+func (o *tailOptions) request(cmd *cobra.Command, now time.Time) (bus.TailRequest, error) {
+	req := bus.TailRequest{Topics: o.topics, VM: o.vm}
+	if err := errors.Join(
+		exclusive(cmd, "follow", "no-follow"),
+		exclusive(cmd, "lines", "from", "since"),
+	); err != nil {
+		return req, err
+	}
+	if o.vm != "" {
+		if err := checkName(o.vm); err != nil {
+			return req, usageError(cmd, "--vm: %w", err)
+		}
+	}
+	for _, topic := range o.topics {
+		if _, err := wire.ParsePattern(topic); err != nil {
+			return req, usageError(cmd, "--topic: %w", err)
+		}
+	}
+	if !slices.Contains(formats, o.format) {
+		return req, usageError(cmd, "--output: no format %q: it is short, cat, json or json-pretty", o.format)
+	}
+	if err := o.begin(cmd, &req, now); err != nil {
+		return req, err
+	}
+	req.Follow = o.follow && !o.once
+	if o.until != "" {
+		until, err := parseMoment(o.until, now)
+		if err != nil {
+			return req, usageError(cmd, "--until: %w", err)
+		}
+		req.Until = until
+		// What is wanted is all there already: the newest record is the end.
+		req.Follow = req.Follow && until.After(now)
+	}
+	return req, nil
+}
+
+// begin sets where the tail begins.
+func (o *tailOptions) begin(cmd *cobra.Command, req *bus.TailRequest, now time.Time) error {
+	flags := cmd.Flags()
+	switch {
+	case flags.Changed("from"):
+		if o.from == 0 {
+			return usageError(cmd, "--from: records count from 1")
+		}
+		req.From = o.from
+	case flags.Changed("since"):
+		since, err := parseMoment(o.since, now)
+		if err != nil {
+			return usageError(cmd, "--since: %w", err)
+		}
+		req.Since = since
+	case o.lines == "all", o.until != "" && !flags.Changed("lines"):
+		// With an end alone the beginning is the record's, as journalctl has it.
+		req.All = true
+	default:
+		n, err := strconv.ParseUint(o.lines, 10, 64)
+		if err != nil {
+			return usageError(cmd, `--lines takes a number or "all", not %q`, o.lines)
+		}
+		req.Lines = n
+	}
+	return nil
+}
+
+func (f *Factory) runTail(ctx context.Context, o *tailOptions, req bus.TailRequest) error {
+	// Ctrl-C is how a following tail ends, and no failure; so is a reader that has
+	// gone, even while there is nothing to write.
+	ctx, cancel := interruptible(ctx)
+	defer cancel()
+	ctx, release := endWithReader(ctx, f.IO.Out)
+	defer release()
+
+	t := &tailer{f: f, req: req, start: Start(req.Follow)}
+	show := func(ctx context.Context) error { return t.show(ctx, o.format) }
+	if o.cursorFile != "" {
+		t.cursor = &cursorFile{path: o.cursorFile}
+		if err := t.resume(ctx); err != nil {
+			return err
+		}
+		show = func(ctx context.Context) error {
+			return t.cursor.keep(ctx, func(ctx context.Context) error { return t.show(ctx, o.format) })
+		}
+	}
+	if err := show(ctx); !errors.Is(err, context.Canceled) {
+		return err
+	}
+	return nil
+}

@@ -1,0 +1,425 @@
+package eventlog
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"syscall"
+	"time"
+)
+
+const (
+	// maxGroup bounds the bytes of one write, and with them the time that the
+	// first publisher of a group waits for the last.
+	maxGroup = 4 << 20
+
+	// preallocStep is how far ahead of the data blocks are reserved: far enough
+	// to be rare, small enough for a small disk.
+	preallocStep = 4 << 20
+
+	// retryInterval is how often a log that the disk refused tries again.
+	retryInterval = time.Second
+
+	// expireInterval is how often a log that does not grow looks for records
+	// grown too old.
+	expireInterval = 10 * time.Minute
+)
+
+// committer is what only the committer goroutine touches.
+type committer struct {
+	file      File   // the newest segment; nil after a failed write
+	size      int64  // its bytes that are committed
+	reserved  int64  // its bytes that blocks are reserved for; -1: the file system cannot
+	next      uint64 // the number of the next record
+	failures  int    // writes failed since the last one that succeeded
+	lastError error  // of the newest failed write
+	state     State
+
+	group  []*Batch
+	chunk  *chunk   // being filled
+	inside []*Entry // entries whose record, or whose first record, is in chunk
+
+	syncTimer, retryTimer, expireTimer *time.Timer
+}
+
+// run is the committer: the only writer of the log's files.
+func (l *Log) run() {
+	defer close(l.done)
+	c := &l.c
+	c.syncTimer, c.retryTimer = stoppedTimer(), stoppedTimer()
+	c.expireTimer = time.NewTimer(0)
+	for {
+		select {
+		case b := <-l.queue:
+			l.commit(b)
+		case <-c.syncTimer.C:
+			l.syncLazily()
+		case <-c.retryTimer.C:
+			l.retry()
+		case <-c.expireTimer.C:
+			l.expire()
+			c.expireTimer.Reset(expireInterval)
+		case <-l.quit:
+			for {
+				select {
+				case b := <-l.queue:
+					l.commit(b)
+					continue
+				default:
+				}
+				l.closeErr = l.shut()
+				return
+			}
+		}
+	}
+}
+
+func stoppedTimer() *time.Timer {
+	t := time.NewTimer(time.Hour)
+	t.Stop()
+	return t
+}
+
+// commit commits b and whatever else is queued, and releases the publishers.
+func (l *Log) commit(b *Batch) {
+	c := &l.c
+	c.group = append(c.group[:0], b)
+	size := b.size()
+drain:
+	for size < maxGroup {
+		select {
+		case b := <-l.queue:
+			c.group = append(c.group, b)
+			size += b.size()
+		default:
+			break drain
+		}
+	}
+	now := time.Now()
+	when := now.UTC().Format(timeLayout)
+	err := l.writable()
+	l.begin(size)
+	for _, b := range c.group {
+		for i := range b.Entries {
+			e := &b.Entries[i]
+			e.Seq, e.Duplicate, e.Err = 0, false, nil
+			if err == nil {
+				err = l.add(e, when, now)
+			}
+			if err != nil {
+				e.Err = err
+			}
+		}
+	}
+	if err == nil {
+		_ = l.flush(now) // the entries hold the error
+	}
+	c.chunk = nil
+	for i, b := range c.group {
+		b.done <- struct{}{}
+		c.group[i] = nil // not to keep a publisher's buffers alive
+	}
+}
+
+// size is an upper bound of what the batch's lines take.
+func (b *Batch) size() int {
+	n := 0
+	for i := range b.Entries {
+		e := &b.Entries[i]
+		// An id's byte takes up to six when escaped.
+		n += recordOverhead + len(e.VM) + len(e.Topic) + 6*len(e.ID) + len(e.Reply) + len(e.Payload)
+	}
+	return n
+}
+
+// begin starts a chunk with room for size bytes.
+func (l *Log) begin(size int) {
+	l.c.chunk = &chunk{first: l.c.next, data: make([]byte, 0, min(size, maxGroup))}
+	l.c.inside = l.c.inside[:0]
+}
+
+// add appends e's line to the chunk, flushing it first where the line belongs
+// to another segment. An error refuses e and the whole chunk.
+func (l *Log) add(e *Entry, when string, now time.Time) error {
+	c := &l.c
+	if l.perVM != nil && len(e.ID) > 0 {
+		seq, err := l.perVM.ids.lookup(e.VM, e.ID)
+		if err != nil {
+			e.Err = &WriteError{Err: err} // this VM's alone: the log itself is well
+			return nil
+		}
+		if seq != 0 {
+			e.Seq, e.Duplicate = seq, true
+			c.inside = append(c.inside, e)
+			return nil
+		}
+	}
+	start := len(c.chunk.data)
+	c.chunk.data = appendRecord(c.chunk.data, e, c.next, l.mark(), when)
+	line := len(c.chunk.data) - start
+	if full := c.size+int64(start) > 0 && c.size+int64(start+line) > l.opts.SegmentSize; full || start > maxGroup {
+		c.chunk.data = c.chunk.data[:start]
+		if err := l.flush(now); err != nil {
+			return err
+		}
+		if full {
+			if err := l.rotate(now); err != nil {
+				return l.fail(err)
+			}
+		}
+		l.begin(maxGroup / 4)
+		start = 0
+		c.chunk.data = appendRecord(c.chunk.data, e, c.next, l.mark(), when)
+	}
+	c.chunk.offsets = append(c.chunk.offsets, uint32(start))
+	c.inside = append(c.inside, e)
+	e.Seq = c.next
+	if l.perVM != nil && len(e.ID) > 0 {
+		l.perVM.ids.add(c.next)
+	}
+	c.next++
+	return nil
+}
+
+// mark gives the durable mark for the next record: each chunk's first has one.
+func (l *Log) mark() uint64 {
+	if len(l.c.chunk.offsets) > 0 {
+		return 0
+	}
+	return l.durable.Load()
+}
+
+// flush writes the chunk, syncs it and shows it to the readers. An error
+// refuses every entry in it.
+func (l *Log) flush(now time.Time) error {
+	c := &l.c
+	if len(c.chunk.offsets) == 0 {
+		return nil
+	}
+	l.reserve()
+	l.beginWrite()
+	_, err := c.file.WriteAt(c.chunk.data, c.size)
+	if err == nil && l.opts.SyncEvery == 0 {
+		err = c.file.Sync()
+	}
+	l.endWrite()
+	if err != nil {
+		return l.fail(err)
+	}
+	c.size += int64(len(c.chunk.data))
+	l.stream.grown(c.size, now)
+	l.recent.add(c.chunk)
+	last := c.chunk.last()
+	switch {
+	case l.opts.SyncEvery == 0:
+		l.durable.Store(last)
+	case l.opts.SyncEvery > 0 && l.durable.Load() == c.chunk.first-1:
+		c.syncTimer.Reset(l.opts.SyncEvery)
+	}
+	l.committed.Store(last)
+	if l.perVM != nil {
+		l.perVM.ids.commit()
+		l.perVM.notify()
+	}
+	l.healthy()
+	done := c.chunk
+	c.chunk, c.inside = nil, c.inside[:0] // a later failure must not touch what is committed
+	if l.opts.OnCommit != nil {
+		l.opts.OnCommit(Commit{done})
+	}
+	return nil
+}
+
+// reserve keeps blocks reserved ahead of the data. It is no fault where the
+// file system cannot or the disk is nearly full: the write itself will tell.
+func (l *Log) reserve() {
+	c := &l.c
+	end := c.size + int64(len(c.chunk.data))
+	if c.reserved < 0 || end <= c.reserved {
+		return
+	}
+	n := min(max(preallocStep, end-c.reserved), max(l.opts.SegmentSize-c.reserved, end-c.reserved))
+	if err := c.file.Preallocate(c.reserved, n); err != nil {
+		c.reserved = -1
+		return
+	}
+	c.reserved += n
+}
+
+// rotate seals the newest segment and begins the next. What is in it is synced
+// first, so that only the newest segment ever has an unfinished tail.
+func (l *Log) rotate(now time.Time) error {
+	c := &l.c
+	if err := l.sync(); err != nil {
+		return err
+	}
+	if err := c.closeFile(); err != nil {
+		return err
+	}
+	return l.openNext()
+}
+
+// openNext begins the segment of the next record.
+func (l *Log) openNext() error {
+	c := &l.c
+	l.beginWrite()
+	f, err := l.stream.create(c.next)
+	l.endWrite()
+	if err != nil {
+		return err
+	}
+	c.file, c.size, c.reserved = f, 0, 0
+	l.expire()
+	return nil
+}
+
+// closeFile cuts the newest segment back to what is committed, which also
+// frees the reserved blocks, and closes it.
+func (c *committer) closeFile() error {
+	if c.file == nil {
+		return nil
+	}
+	f := c.file
+	c.file = nil
+	return errors.Join(f.Truncate(c.size), f.Close())
+}
+
+// fail refuses the chunk: none of its records is stored. The segment is cut
+// back to its last committed byte and left; what the kernel made of the pages
+// that it could not write is unknown, so nothing is ever appended to it again.
+func (l *Log) fail(err error) error {
+	c := &l.c
+	we := &WriteError{Err: err, Full: errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)}
+	for _, e := range c.inside {
+		e.Err = we
+	}
+	c.inside = c.inside[:0]
+	if c.chunk != nil {
+		c.next = c.chunk.first
+	}
+	if l.perVM != nil {
+		l.perVM.ids.rollback()
+	}
+	_ = c.closeFile() // a remainder that cannot be cut is voided by the next segment's name
+	c.failures++
+	c.lastError = we
+	c.retryTimer.Reset(retryInterval)
+	l.setState(State{Degraded: degradedWord(we), Err: we})
+	return we
+}
+
+func degradedWord(e *WriteError) string {
+	switch {
+	case e.Full:
+		return "disk full"
+	case errors.Is(e.Err, syscall.EROFS), errors.Is(e.Err, fs.ErrPermission):
+		return "disk read-only"
+	default:
+		return "disk error"
+	}
+}
+
+// writable makes sure that there is a segment to write to. After one failure
+// the next batch tries a new segment; after a second one the stream stops, and
+// only the timer tries again.
+func (l *Log) writable() error {
+	c := &l.c
+	if c.file != nil {
+		return nil
+	}
+	if c.failures > 1 {
+		return c.lastError
+	}
+	return l.reopen()
+}
+
+func (l *Log) reopen() error {
+	if err := l.openNext(); err != nil {
+		return l.fail(err)
+	}
+	return nil
+}
+
+// retry tries to get the log going again after a failed write, so that it
+// recovers even if nobody publishes.
+func (l *Log) retry() {
+	c := &l.c
+	if c.file == nil {
+		if err := l.reopen(); err != nil {
+			return
+		}
+	}
+	// An empty file can be made on a full disk; a block cannot be reserved.
+	err := c.file.Preallocate(0, 1<<16)
+	if err != nil && !errors.Is(err, syscall.EOPNOTSUPP) {
+		_ = l.fail(err)
+		return
+	}
+	l.healthy()
+}
+
+// healthy notes that the disk takes writes.
+func (l *Log) healthy() {
+	l.c.failures = 0
+	if l.c.state.Degraded != "" {
+		l.c.retryTimer.Stop()
+		l.setState(State{})
+	}
+}
+
+func (l *Log) setState(s State) {
+	changed := s.Degraded != l.c.state.Degraded
+	l.c.state = s
+	if changed {
+		l.report(s)
+	}
+}
+
+// sync makes everything committed durable.
+func (l *Log) sync() error {
+	committed := l.committed.Load()
+	if l.durable.Load() == committed || l.c.file == nil {
+		return nil
+	}
+	l.beginWrite()
+	err := l.c.file.Sync()
+	l.endWrite()
+	if err != nil {
+		return err
+	}
+	l.durable.Store(committed)
+	return nil
+}
+
+// syncLazily is sync for a log that acknowledges first. What it could not sync
+// has been acknowledged already: all that is left is to say so.
+func (l *Log) syncLazily() {
+	l.c.chunk = nil
+	if err := l.sync(); err != nil {
+		_ = l.fail(fmt.Errorf("records %d to %d, acknowledged before they were synced, may be lost: %w",
+			l.durable.Load()+1, l.committed.Load(), err))
+		l.durable.Store(l.committed.Load())
+	}
+}
+
+// expire applies the retention; records that the VMs' streams still have to
+// copy stay.
+func (l *Log) expire() {
+	r := retention{size: l.opts.Retention, age: l.opts.MaxAge, before: l.c.next}
+	if l.perVM != nil {
+		r.before = l.perVM.position.Load() + 1
+	}
+	if err := l.stream.expire(r, time.Now()); err != nil {
+		l.report(State{Degraded: l.c.state.Degraded, Err: err})
+	}
+}
+
+// shut ends the log in good order.
+func (l *Log) shut() error {
+	l.stall.Stop()
+	err := l.sync()
+	if l.perVM != nil {
+		err = errors.Join(err, l.perVM.close())
+	}
+	return errors.Join(err, l.c.closeFile())
+}

@@ -1,0 +1,279 @@
+package eventlog
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// ErrClosed says that the log takes no more records.
+var ErrClosed = errors.New("the event log is closed")
+
+// ErrStalled says that a write has been outstanding for longer than
+// Options.StallAfter. Whether the batch is stored is open.
+var ErrStalled = errors.New("the disk does not answer")
+
+// WriteError says that a batch was refused because the disk refused it; none
+// of its records is stored.
+type WriteError struct {
+	Err error
+	// Full: the disk has no room; anything else is a fault of the disk.
+	Full bool
+}
+
+func (e *WriteError) Error() string { return "writing the event log: " + e.Err.Error() }
+
+func (e *WriteError) Unwrap() error { return e.Err }
+
+// Entry is one record to append. The log does not keep its slices.
+type Entry struct {
+	VM      string // the sender: a valid VM name, or "host"
+	Topic   []byte // of the topics' characters
+	ID      []byte // 1 to 128 bytes of UTF-8; nil: none
+	Reply   []byte // a topic; nil: none
+	Payload []byte // one compact JSON value of valid UTF-8; nil: null
+
+	// Seq is set by the log: the record's number, or where Duplicate the number
+	// of the first record with this VM and ID. It counts only if Err is nil.
+	Seq       uint64
+	Duplicate bool
+	Err       error // *WriteError
+}
+
+// Batch is a list of entries of one publisher that are committed together and
+// in order. It may be used again once Append has returned anything but
+// [ErrStalled]; then it, and all that it points to, belongs to the log.
+type Batch struct {
+	Entries []Entry
+	// done has room for one token, so that the committer never waits.
+	done chan struct{}
+}
+
+// Options say how a log is kept.
+type Options struct {
+	Dir         string
+	FS          FS            // nil: OS
+	SegmentSize int64         // bytes; a longer record gets a segment of its own
+	Retention   int64         // bytes kept; 0: all
+	MaxAge      time.Duration // of a segment's last record; 0: for ever
+	// SyncEvery is 0 to sync before each commit, positive to sync that often,
+	// negative to leave it to the kernel.
+	SyncEvery  time.Duration
+	StallAfter time.Duration // 0: 5 s
+	// Recent bounds the bytes of records kept in memory for readers; 0: 8 MiB.
+	Recent int
+	// PerVM, if not nil, keeps a stream a VM and the ids that make retries safe.
+	PerVM *PerVMOptions
+
+	// OnCommit is called by the committer after each commit, before the
+	// publishers are released. It must be quick and must not call Append.
+	OnCommit func(Commit)
+	// OnState is called when the log becomes degraded or recovers.
+	OnState func(State)
+	// OnDamage is called for every damaged place that a reader or the start-up
+	// comes upon, each time it does.
+	OnDamage func(Damage)
+}
+
+// State tells how the log is.
+type State struct {
+	// Degraded says in a few words what is wrong; empty: all is well.
+	Degraded string
+	Err      error
+}
+
+// Log is an event log that is open for writing. All methods may be called by
+// anybody at any time.
+type Log struct {
+	opts   Options
+	stream stream
+	recent recent
+
+	// queue holds batches on their way to the committer, each of at most a
+	// session's read buffer: enough that the committer always finds all that
+	// arrived during a sync, and a bound on memory when the disk is slow.
+	queue chan *Batch
+
+	committed atomic.Uint64 // newest record that readers may see
+	durable   atomic.Uint64 // newest record that would survive a power cut
+	writing   atomic.Int64  // since when (ns of startedAt) the committer has been in a write; 0: it is not
+	startedAt time.Time
+	gate      atomic.Pointer[stallGate]
+	stall     *time.Timer
+
+	quit     chan struct{} // closed by Close
+	quitOnce sync.Once
+	done     chan struct{} // closed when the committer has ended
+	closeErr error         // valid once done is closed
+
+	perVM *perVM
+	c     committer
+}
+
+// stallGate is closed when a write has taken too long and replaced by an open
+// one when the disk answered, so that any number of waiting publishers cost no
+// timer each.
+type stallGate struct{ stalled chan struct{} }
+
+// Open opens or creates the log in opts.Dir and recovers what a crash left.
+// Only one process may have a log open.
+func Open(opts Options) (*Log, *Recovery, error) {
+	if opts.FS == nil {
+		opts.FS = OS
+	}
+	if opts.StallAfter == 0 {
+		opts.StallAfter = 5 * time.Second
+	}
+	if opts.Recent == 0 {
+		opts.Recent = 8 << 20
+	}
+	if err := opts.FS.MkdirAll(opts.Dir, dirPerm); err != nil {
+		return nil, nil, fmt.Errorf("creating the log's directory: %w", err)
+	}
+	l := &Log{
+		opts:      opts,
+		stream:    stream{fs: opts.FS, dir: opts.Dir},
+		recent:    recent{budget: opts.Recent},
+		queue:     make(chan *Batch, 1024),
+		startedAt: time.Now(),
+		quit:      make(chan struct{}),
+		done:      make(chan struct{}),
+	}
+	l.gate.Store(&stallGate{stalled: make(chan struct{})})
+	l.stall = time.AfterFunc(time.Hour, l.stalled)
+	l.stall.Stop()
+	rec, err := l.recover()
+	if err != nil {
+		return nil, nil, fmt.Errorf("opening the event log in %s: %w", opts.Dir, err)
+	}
+	if opts.PerVM != nil {
+		if l.perVM, err = openPerVM(l, *opts.PerVM); err != nil {
+			return nil, nil, fmt.Errorf("opening the VMs' streams: %w", errors.Join(err, l.c.closeFile()))
+		}
+	}
+	go l.run()
+	return l, rec, nil
+}
+
+// Append commits b and returns once its records would survive a power cut (or,
+// with a lazy SyncEvery, are written). Each entry then has its Seq or its Err.
+// The error is ErrStalled, ErrClosed or ctx's; after the latter two nothing of
+// b is stored.
+func (l *Log) Append(ctx context.Context, b *Batch) error {
+	if b.done == nil {
+		b.done = make(chan struct{}, 1)
+	}
+	gate := l.gate.Load()
+	select {
+	case <-gate.stalled:
+		return ErrStalled
+	default:
+	}
+	select {
+	case l.queue <- b:
+	case <-gate.stalled:
+		return ErrStalled
+	case <-l.quit:
+		return ErrClosed
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	select {
+	case <-b.done:
+		return nil
+	case <-gate.stalled:
+		return ErrStalled
+	case <-l.done:
+		select {
+		case <-b.done:
+			return nil
+		default:
+			return ErrClosed // queued behind the committer's last look
+		}
+	}
+}
+
+// Committed gives the number of the newest record that readers may see.
+func (l *Log) Committed() uint64 { return l.committed.Load() }
+
+// Durable gives the number of the newest record that would survive a power cut.
+func (l *Log) Durable() uint64 { return l.durable.Load() }
+
+// Oldest gives the first number of the oldest segment kept.
+func (l *Log) Oldest() uint64 { return l.stream.oldest() }
+
+// Lazy tells whether an acknowledged record may still be lost to a power cut.
+func (l *Log) Lazy() bool { return l.opts.SyncEvery != 0 }
+
+// Writing tells for how long the committer has been inside one write or sync;
+// 0 while it is not.
+func (l *Log) Writing() time.Duration {
+	since := l.writing.Load()
+	if since == 0 {
+		return 0
+	}
+	return time.Since(l.startedAt) - time.Duration(since)
+}
+
+// Ping returns once the committer has answered: at once while it is inside a
+// system call, which nothing can hurry, else after its next round. For the
+// watchdog.
+func (l *Log) Ping(ctx context.Context) error {
+	if l.writing.Load() != 0 {
+		return nil
+	}
+	err := l.Append(ctx, &Batch{})
+	if errors.Is(err, ErrStalled) {
+		return nil
+	}
+	return err
+}
+
+// Close commits what is queued, syncs it and ends the log's goroutines.
+func (l *Log) Close() error {
+	l.quitOnce.Do(func() { close(l.quit) })
+	<-l.done
+	return l.closeErr
+}
+
+// stalled is called by the timer when a write has taken too long.
+func (l *Log) stalled() {
+	gate := l.gate.Load()
+	if l.Writing() < l.opts.StallAfter {
+		return // the timer fired just as its write ended
+	}
+	select {
+	case <-gate.stalled:
+		return
+	default:
+	}
+	close(gate.stalled)
+	l.report(State{Degraded: "disk stalled", Err: ErrStalled})
+}
+
+func (l *Log) report(s State) {
+	if l.opts.OnState != nil {
+		l.opts.OnState(s)
+	}
+}
+
+// beginWrite and endWrite enclose every write and sync of the committer.
+func (l *Log) beginWrite() {
+	l.writing.Store(max(1, int64(time.Since(l.startedAt))))
+	l.stall.Reset(l.opts.StallAfter)
+}
+
+func (l *Log) endWrite() {
+	l.stall.Stop()
+	l.writing.Store(0)
+	gate := l.gate.Load()
+	select {
+	case <-gate.stalled:
+		l.gate.Store(&stallGate{stalled: make(chan struct{})})
+		l.report(l.c.state)
+	default:
+	}
+}

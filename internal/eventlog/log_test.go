@@ -1,0 +1,256 @@
+package eventlog
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+)
+
+func testOptions(dir string) Options {
+	return Options{
+		Dir: filepath.Join(dir, "host"), SegmentSize: 64 << 10,
+		PerVM: &PerVMOptions{
+			Dir: filepath.Join(dir, "vm"), IDDir: filepath.Join(dir, "ids"), PositionFile: filepath.Join(dir, "position"),
+			SegmentSize: 64 << 10, Retention: 1 << 20, Sender: "host",
+			Owner: func(topic []byte) ([]byte, bool) {
+				rest, ok := bytes.CutPrefix(topic, []byte("vm:"))
+				name, _, _ := bytes.Cut(rest, []byte("/"))
+				return name, ok
+			},
+		},
+	}
+}
+
+func mustOpen(t testing.TB, o Options) *Log {
+	t.Helper()
+	l, _, err := Open(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return l
+}
+
+func mustClose(t testing.TB, l *Log) {
+	t.Helper()
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// publish appends one record and gives its number.
+func publish(t testing.TB, l *Log, vm, topic, id, payload string) uint64 {
+	t.Helper()
+	b := &Batch{Entries: []Entry{{VM: vm, Topic: []byte(topic), ID: []byte(id), Payload: []byte(payload)}}}
+	if err := l.Append(t.Context(), b); err != nil {
+		t.Fatal(err)
+	}
+	if b.Entries[0].Err != nil {
+		t.Fatal(b.Entries[0].Err)
+	}
+	return b.Entries[0].Seq
+}
+
+// readAll reads what is committed from seq on; gaps fail the test.
+func readAll(t testing.TB, r *Reader) []string {
+	t.Helper()
+	defer r.Close()
+	var got []string
+	var rec Record
+	for {
+		ok, err := r.Next(&rec)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !ok {
+			return got
+		}
+		got = append(got, fmt.Sprintf("%d %s %s %s %s", rec.Seq, rec.VM, rec.Topic, rec.ID, rec.Payload))
+	}
+}
+
+func TestRestartGoesOn(t *testing.T) {
+	o := testOptions(t.TempDir())
+	for round := range 5 {
+		l := mustOpen(t, o)
+		for i := range 100 {
+			want := uint64(round*100 + i + 1)
+			if got := publish(t, l, "web1", "t", "", fmt.Sprint(i)); got != want {
+				t.Fatalf("round %d: seq %d, want %d", round, got, want)
+			}
+		}
+		mustClose(t, l)
+	}
+	l := mustOpen(t, o)
+	defer mustClose(t, l)
+	got := readAll(t, l.NewReader(1))
+	if len(got) != 500 || got[499] != "500 web1 t  99" {
+		t.Fatalf("%d records, the last %q", len(got), got[len(got)-1])
+	}
+}
+
+func TestReadersFromMemoryAndDisk(t *testing.T) {
+	o := testOptions(t.TempDir())
+	o.Recent = 16 << 10
+	l := mustOpen(t, o)
+	defer mustClose(t, l)
+	big := `"` + strings.Repeat("x", 1000) + `"`
+	for range 500 {
+		publish(t, l, "web1", "t", "", big)
+	}
+	publish(t, l, "web1", "t", "", `"`+strings.Repeat("y", 61000)+`"`)
+	for _, from := range []uint64{1, 2, 63, 64, 65, 250, 499, 501} {
+		got := readAll(t, l.NewReader(from))
+		if len(got) != int(502-from) || !strings.HasPrefix(got[0], fmt.Sprint(from, " ")) {
+			t.Errorf("from %d: %d records, the first %.20q", from, len(got), got[0])
+		}
+	}
+	for n, want := range map[uint64]uint64{1: 501, 2: 500, 100: 402, 501: 1, 600: 1} {
+		got, err := l.LastMatching(n, func(*Record) bool { return true })
+		if err != nil || got != want {
+			t.Errorf("last %d begin at %d, %v; want %d", n, got, err, want)
+		}
+	}
+	segs, err := filepath.Glob(filepath.Join(o.Dir, "*.jsonl"))
+	if err != nil || len(segs) < 8 {
+		t.Errorf("%d segments, %v", len(segs), err)
+	}
+	for _, s := range segs {
+		if st, err := os.Stat(s); err != nil || st.Size() > o.SegmentSize {
+			t.Errorf("%s: %d bytes, %v", s, st.Size(), err)
+		}
+	}
+}
+
+func TestDuplicateIDs(t *testing.T) {
+	o := testOptions(t.TempDir())
+	l := mustOpen(t, o)
+	for i := range 10 {
+		publish(t, l, "web1", "t", fmt.Sprint("id", i), "1")
+	}
+	if got := publish(t, l, "web1", "t", "id3", "2"); got != 4 {
+		t.Errorf("a retry got %d, want 4", got)
+	}
+	if got := publish(t, l, "web2", "t", "id3", "2"); got != 11 {
+		t.Errorf("another VM's id got %d, want 11", got)
+	}
+	mustClose(t, l)
+	l = mustOpen(t, o)
+	defer mustClose(t, l)
+	if got := publish(t, l, "web1", "t", "id9", "2"); got != 10 {
+		t.Errorf("a retry after a restart got %d, want 10", got)
+	}
+	b := &Batch{Entries: []Entry{
+		{VM: "web1", Topic: []byte("t"), ID: []byte("new")},
+		{VM: "web1", Topic: []byte("t"), ID: []byte("new")},
+	}}
+	if err := l.Append(t.Context(), b); err != nil {
+		t.Fatal(err)
+	}
+	if e := b.Entries; e[0].Seq != 12 || e[1].Seq != 12 || e[0].Duplicate || !e[1].Duplicate {
+		t.Errorf("twice in one batch: %+v", e)
+	}
+}
+
+func TestPerVMStreams(t *testing.T) {
+	o := testOptions(t.TempDir())
+	l := mustOpen(t, o)
+	for i := range 50 {
+		publish(t, l, "web1", "a", "", fmt.Sprint(i))
+		publish(t, l, "web2", "b", "", fmt.Sprint(i))
+		publish(t, l, "host", "vm:web1", "", fmt.Sprint(i))
+		publish(t, l, "host", "vm:web1/x", "", fmt.Sprint(i))
+		publish(t, l, "host", "broadcast", "", fmt.Sprint(i))
+	}
+	mustClose(t, l)
+	data, err := os.ReadFile(filepath.Join(o.PerVM.Dir, "web1", segmentName(1)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := bytes.Count(data, []byte("\n")); n != 150 {
+		t.Errorf("web1's stream has %d records, want 150", n)
+	}
+	// Repair: a stream that lost its end, as a crash leaves it.
+	if err := os.WriteFile(filepath.Join(o.PerVM.Dir, "web1", segmentName(1)), data[:len(data)-10], 0o640); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(o.PerVM.PositionFile); err != nil {
+		t.Fatal(err)
+	}
+	l = mustOpen(t, o)
+	defer mustClose(t, l)
+	again, err := os.ReadFile(filepath.Join(o.PerVM.Dir, "web1", segmentName(1)))
+	if err != nil || !bytes.Equal(again, data) {
+		t.Errorf("repaired: %d bytes, %v; want %d", len(again), err, len(data))
+	}
+	r, err := l.NewVMReader("web1", 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := readAll(t, r); len(got) != 150 {
+		t.Errorf("%d records read from web1's stream, want 150", len(got))
+	}
+	seq, err := l.LastMatchingOf("web1", 3, func(r *Record) bool { return string(r.Topic) == "vm:web1" })
+	if err != nil || seq != 238 {
+		t.Errorf("the last 3 of vm:web1 begin at %d, %v; want 238", seq, err)
+	}
+}
+
+func TestRetentionGivesGap(t *testing.T) {
+	o := testOptions(t.TempDir())
+	o.Retention, o.Recent = 256<<10, 1
+	l := mustOpen(t, o)
+	defer mustClose(t, l)
+	r := l.NewReader(1)
+	defer r.Close()
+	big := `"` + strings.Repeat("x", 1000) + `"`
+	for range 1000 {
+		publish(t, l, "web1", "t", "", big)
+	}
+	var rec Record
+	_, err := r.Next(&rec)
+	var gap *Gap
+	if !errors.As(err, &gap) || gap.From != 1 || gap.To != l.Oldest()-1 {
+		t.Fatalf("got %v, want a gap from 1 to %d", err, l.Oldest()-1)
+	}
+	if ok, err := r.Next(&rec); !ok || err != nil || rec.Seq != gap.To+1 {
+		t.Fatalf("behind the gap: %d, %v, %v", rec.Seq, ok, err)
+	}
+}
+
+func TestManyPublishers(t *testing.T) {
+	l := mustOpen(t, testOptions(t.TempDir()))
+	defer mustClose(t, l)
+	var wg sync.WaitGroup
+	for p := range 16 {
+		wg.Go(func() {
+			b := &Batch{}
+			for i := range 200 {
+				b.Entries = append(b.Entries[:0],
+					Entry{VM: fmt.Sprint("vm", p), Topic: []byte("t"), Payload: fmt.Append(nil, 2*i)},
+					Entry{VM: fmt.Sprint("vm", p), Topic: []byte("t"), Payload: fmt.Append(nil, 2*i+1)})
+				if err := l.Append(t.Context(), b); err != nil || b.Entries[0].Err != nil || b.Entries[1].Seq <= b.Entries[0].Seq {
+					t.Error(err, b.Entries)
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
+	next := map[string]int{}
+	for i, line := range readAll(t, l.NewReader(1)) {
+		var seq, n int
+		var vm, topic string
+		if _, err := fmt.Sscan(line, &seq, &vm, &topic, &n); err != nil || seq != i+1 || next[vm] != n {
+			t.Fatalf("record %d is %q, want number %d of %s", i+1, line, next[vm], vm)
+		}
+		next[vm]++
+	}
+	if len(next) != 16 {
+		t.Fatalf("%d publishers", len(next))
+	}
+}

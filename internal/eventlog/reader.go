@@ -1,0 +1,176 @@
+package eventlog
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"time"
+)
+
+// Gap is the error of [Reader.Next] where records are lost to this reader:
+// expired or damaged before it came to them. Reading goes on behind them.
+type Gap struct{ From, To uint64 }
+
+func (g *Gap) Error() string { return fmt.Sprintf("records %d to %d are gone", g.From, g.To) }
+
+// Reader reads committed records in order of seq. It belongs to one goroutine
+// at a time. While it is caught up it holds neither a buffer nor a descriptor.
+type Reader struct {
+	log  *Log
+	next uint64
+
+	mem  *chunk // holds next, or nil
+	disk *cursor
+	vm   *vmReader // reads a VM's own stream first; nil: not, or no longer
+	// ahead is a record read from disk beyond a gap that is still to be told.
+	ahead    Record
+	hasAhead bool
+}
+
+// NewReader gives a reader whose first record is seq, or if seq is beyond the
+// newest, the first one after it. Close it after use.
+func (l *Log) NewReader(seq uint64) *Reader { return &Reader{log: l, next: max(1, seq)} }
+
+// Position gives the number of the record that Next gives next.
+func (r *Reader) Position() uint64 { return r.next }
+
+// Skip moves the reader to seq.
+func (r *Reader) Skip(seq uint64) {
+	if seq != r.next {
+		r.Close()
+		r.vm = nil
+		r.next = seq
+	}
+}
+
+// Close gives back what the reader holds. It may be used again.
+func (r *Reader) Close() {
+	r.mem, r.hasAhead = nil, false
+	if r.vm != nil {
+		r.vm.cursor.close()
+	}
+	if r.disk != nil {
+		r.disk.close()
+		r.disk = nil
+	}
+}
+
+// Next gives the next committed record, false where there is none yet. rec is
+// valid until the next call. The error is a *Gap, behind which the next call
+// goes on, or one of the disk.
+func (r *Reader) Next(rec *Record) (bool, error) {
+	if r.vm != nil {
+		if ok, err := r.fromVM(rec); ok || err != nil {
+			return ok, err
+		}
+	}
+	for {
+		if r.hasAhead {
+			*rec, r.hasAhead = r.ahead, false
+			r.next = rec.Seq + 1
+			return true, nil
+		}
+		if m := r.mem; m != nil && r.next >= m.first && r.next <= m.last() {
+			if err := parseRecord(m.line(int(r.next-m.first)), rec, false); err != nil {
+				return false, fmt.Errorf("record %d in memory: %w", r.next, err) // a bug: it was written from there
+			}
+			r.next++
+			return true, nil
+		}
+		committed := r.log.Committed()
+		if r.next > committed {
+			r.Close()
+			return false, nil
+		}
+		if r.mem = r.log.recent.find(r.next); r.mem != nil {
+			if r.disk != nil {
+				r.disk.close()
+				r.disk = nil
+			}
+			continue
+		}
+		if ok, err := r.fromDisk(rec, committed); ok || err != nil {
+			return ok, err
+		}
+	}
+}
+
+// fromDisk reads the next record from a segment. It gives false without an
+// error where it is worth looking in memory again.
+func (r *Reader) fromDisk(rec *Record, committed uint64) (bool, error) {
+	if oldest := r.log.stream.oldest(); r.next < oldest {
+		return false, r.skipTo(oldest)
+	}
+	if r.disk == nil {
+		r.disk = &cursor{st: &r.log.stream, next: r.next}
+	}
+	err := r.disk.read(rec)
+	if r.disk.damaged && r.log.opts.OnDamage != nil {
+		r.log.opts.OnDamage(r.disk.damagedAt)
+	}
+	switch {
+	case errors.Is(err, io.EOF):
+		// The end of the newest segment, and yet something newer is committed:
+		// either it was written a moment ago, or its place on disk is damaged.
+		r.disk.close()
+		r.disk = nil
+		if mem := r.log.recent.oldest(); mem > r.next {
+			return false, r.skipTo(mem)
+		}
+		if r.log.recent.find(r.next) == nil && r.log.Committed() == committed {
+			return false, r.skipTo(committed + 1)
+		}
+		return false, nil
+	case err != nil:
+		return false, err
+	case rec.Seq > committed: // written, but not yet to be seen
+		r.disk.close()
+		r.disk = nil
+		return false, r.skipTo(committed + 1)
+	case rec.Seq > r.next:
+		r.ahead, r.hasAhead = *rec, true
+		gap := &Gap{From: r.next, To: rec.Seq - 1}
+		r.next = rec.Seq
+		return false, gap
+	}
+	r.next = rec.Seq + 1
+	return true, nil
+}
+
+// skipTo passes over what cannot be read any more.
+func (r *Reader) skipTo(seq uint64) error {
+	gap := &Gap{From: r.next, To: seq - 1}
+	r.next = seq
+	if r.disk != nil {
+		r.disk.close()
+		r.disk = nil
+	}
+	return gap
+}
+
+// FirstSince gives the number of the first record at or after t, and the next
+// number to be given where there is none yet. After the clock has stepped back
+// several records qualify; it is one of them.
+func (l *Log) FirstSince(t time.Time) (uint64, error) {
+	end := l.Committed() + 1
+	seq, ok, err := l.stream.firstSince(t)
+	if err != nil || !ok {
+		return end, err
+	}
+	return min(seq, end), nil
+}
+
+// LastMatching gives the number of the n-th newest committed record that match
+// accepts, the oldest accepted if there are fewer, and the next number to be
+// given if there are none. It reads backwards for as long as it takes.
+func (l *Log) LastMatching(n uint64, match func(*Record) bool) (uint64, error) {
+	end := l.Committed()
+	seq, err := l.stream.lastMatching(int(min(n, 1<<31)), end, match)
+	if err != nil {
+		return 0, fmt.Errorf("looking for the last %d records: %w", n, err)
+	}
+	if seq == 0 {
+		return end + 1, nil
+	}
+	return seq, nil
+}

@@ -1,0 +1,98 @@
+package eventlog
+
+import (
+	"cmp"
+	"slices"
+	"sync"
+)
+
+// chunk is what one write appended. It is immutable once committed.
+type chunk struct {
+	first   uint64
+	data    []byte   // whole lines
+	offsets []uint32 // where each line begins in data; records are consecutive
+}
+
+func (c *chunk) last() uint64 { return c.first + uint64(len(c.offsets)) - 1 }
+
+// line gives the i-th line without its newline.
+func (c *chunk) line(i int) []byte {
+	end := len(c.data)
+	if i+1 < len(c.offsets) {
+		end = int(c.offsets[i+1])
+	}
+	return c.data[c.offsets[i] : end-1 : end-1]
+}
+
+// Commit is what one commit added, for [Options.OnCommit].
+type Commit struct{ c *chunk }
+
+// First and Last give the numbers of the commit's records.
+func (c Commit) First() uint64 { return c.c.first }
+
+// Last gives the number of the commit's newest record.
+func (c Commit) Last() uint64 { return c.c.last() }
+
+// Each calls f for every record in order.
+func (c Commit) Each(f func(*Record)) {
+	var rec Record
+	for i := range c.c.offsets {
+		if parseRecord(c.c.line(i), &rec, false) == nil {
+			f(&rec)
+		}
+	}
+}
+
+// recent keeps the newest chunks in memory, so that a reader that keeps up
+// never touches a file.
+type recent struct {
+	budget int // bytes of data
+
+	mu     sync.RWMutex
+	chunks []*chunk
+	bytes  int
+}
+
+func (r *recent) add(c *chunk) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.chunks = append(r.chunks, c)
+	r.bytes += cap(c.data)
+	drop := 0
+	for r.bytes > r.budget && drop < len(r.chunks)-1 {
+		r.bytes -= cap(r.chunks[drop].data)
+		r.chunks[drop] = nil // the array outlives the slice: let go of the data
+		drop++
+	}
+	r.chunks = r.chunks[drop:]
+}
+
+// find gives the chunk that holds seq, nil if it is not in memory.
+func (r *recent) find(seq uint64) *chunk {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	if n := len(r.chunks); n > 0 && r.chunks[n-1].first <= seq { // nearly always
+		if c := r.chunks[n-1]; seq <= c.last() {
+			return c
+		}
+		return nil
+	}
+	i, exact := slices.BinarySearchFunc(r.chunks, seq, func(c *chunk, seq uint64) int { return cmp.Compare(c.first, seq) })
+	if !exact {
+		i--
+	}
+	if i < 0 {
+		return nil
+	}
+	return r.chunks[i]
+}
+
+// oldest gives the oldest number in memory; 0: nothing is.
+func (r *recent) oldest() uint64 {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	if len(r.chunks) == 0 {
+		return 0
+	}
+	return r.chunks[0].first
+}

@@ -1,0 +1,179 @@
+package eventlog
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+)
+
+// Recovery tells what Open found.
+type Recovery struct {
+	Last uint64 // the newest record; 0: none
+	// Cut is the unfinished tail that a crash left, nil if there was none.
+	Cut *Cut
+	// Damaged are the places in the newest segment where a record that was
+	// known durable cannot be read. They stay, and are served as gaps.
+	Damaged []Damage
+}
+
+// Cut is a tail that was cut off: bytes behind the last whole record that were
+// never acknowledged as durable.
+type Cut struct {
+	Damage        // where it was cut
+	Bytes  int64  // how many
+	Aside  string // the file that keeps them
+}
+
+// recover lists the segments and makes the newest one ready to be appended to.
+// Only that one is read, so the time it takes does not grow with the log.
+func (l *Log) recover() (*Recovery, error) {
+	if err := l.stream.load(); err != nil {
+		return nil, err
+	}
+	rec := &Recovery{}
+	segs := l.stream.snapshot()
+	if len(segs) == 0 {
+		l.c.next = 1
+		return rec, l.openNext()
+	}
+	seg := segs[len(segs)-1]
+	path := l.stream.path(seg.first)
+	f, err := l.opts.FS.OpenFile(path, os.O_RDWR, filePerm)
+	if err != nil {
+		return nil, err
+	}
+	t, err := scanTail(f, seg.size, seg.first)
+	if err == nil {
+		for _, off := range t.damaged {
+			rec.Damaged = append(rec.Damaged, Damage{File: path, Offset: off})
+		}
+		if t.end < seg.size {
+			rec.Cut, err = l.cut(f, path, t.end, seg.size)
+		}
+	}
+	if err == nil {
+		// What a killed daemon wrote but had not synced is read back as if it
+		// were on disk; it must be before anybody is told of it.
+		err = f.Sync()
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("recovering %s: %w", path, err), f.Close())
+	}
+	l.stream.grown(t.end, seg.modified)
+	l.c.file, l.c.size, l.c.reserved, l.c.next = f, t.end, t.end, t.last+1
+	l.committed.Store(t.last)
+	l.durable.Store(t.last)
+	rec.Last = t.last
+	return rec, nil
+}
+
+// tail is what scanTail found.
+type tail struct {
+	last    uint64  // the newest record to keep
+	end     int64   // where it ends
+	damaged []int64 // offsets of lines before it that are no records
+}
+
+// scanTail reads the newest segment, whose first number is first, from its
+// beginning. A line that is no record is damage if a later record's mark says
+// that the missing number was durable; otherwise it begins the unfinished tail,
+// with all that is behind it.
+func scanTail(f File, size int64, first uint64) (tail, error) {
+	t := tail{last: first - 1}
+	// The first place in doubt, and what to go back to if no mark clears it.
+	doubt := struct {
+		at   int64 // -1: none
+		back tail
+	}{at: -1}
+	suspect := func(off int64) {
+		if doubt.at < 0 {
+			doubt.at, doubt.back = off, t
+		}
+	}
+	err := eachLine(f, size, func(off int64, line []byte, whole bool) {
+		var rec Record
+		if !whole || parseRecord(line, &rec, true) != nil || rec.Seq <= t.last {
+			suspect(off)
+			return
+		}
+		if rec.Seq > t.last+1 {
+			suspect(off)
+		}
+		if doubt.at >= 0 && rec.Synced > doubt.back.last {
+			t.damaged = append(t.damaged, doubt.at)
+			doubt.at = -1
+		}
+		t.last, t.end = rec.Seq, off+int64(len(line))+1
+	})
+	if doubt.at >= 0 {
+		t = doubt.back
+	}
+	return t, err
+}
+
+// eachLine calls fn for every line of the file's first size bytes, without its
+// newline; whole is false for a last line that has none, and for a piece of
+// one longer than any record.
+func eachLine(f File, size int64, fn func(off int64, line []byte, whole bool)) error {
+	c := &cursor{st: &stream{}, f: f, limit: size, until: ^uint64(0)}
+	c.buf = buffers.Get().(*[]byte)
+	defer buffers.Put(c.buf)
+	for {
+		c.damaged = false
+		line, err := c.line()
+		if c.damaged {
+			fn(c.damagedAt.Offset, nil, false)
+		}
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		fn(c.off-int64(c.end-c.begin)-int64(len(line))-1, line, true)
+	}
+}
+
+// cut moves the bytes from end on into a file beside the segment and makes
+// both durable, in this order, so that a crash in between loses nothing.
+func (l *Log) cut(f File, path string, end, size int64) (*Cut, error) {
+	aside, name, err := l.createAside(path)
+	if err != nil {
+		return nil, err
+	}
+	bufp := buffers.Get().(*[]byte)
+	defer buffers.Put(bufp)
+	for off := end; off < size && err == nil; {
+		var n int
+		n, err = f.ReadAt((*bufp)[:min(int64(len(*bufp)), size-off)], off)
+		if n > 0 {
+			_, err = aside.WriteAt((*bufp)[:n], off-end)
+			off += int64(n)
+		}
+	}
+	if err == nil {
+		err = aside.Sync()
+	}
+	if err = errors.Join(err, aside.Close()); err != nil {
+		return nil, fmt.Errorf("keeping the unfinished tail in %s: %w", name, err)
+	}
+	if err := l.opts.FS.SyncDir(l.opts.Dir); err != nil {
+		return nil, err
+	}
+	if err := f.Truncate(end); err != nil {
+		return nil, err
+	}
+	return &Cut{Damage: Damage{File: path, Offset: end}, Bytes: size - end, Aside: name}, nil
+}
+
+func (l *Log) createAside(path string) (File, string, error) {
+	for i := 1; ; i++ {
+		name := fmt.Sprintf("%s.cut-%d", path, i)
+		f, err := l.opts.FS.OpenFile(name, os.O_RDWR|os.O_CREATE|os.O_EXCL, filePerm)
+		if !errors.Is(err, fs.ErrExist) {
+			return f, name, err
+		}
+	}
+}

@@ -1,0 +1,205 @@
+package eventlog
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+)
+
+const (
+	segmentSuffix = ".jsonl"
+	seqDigits     = 20 // of the largest uint64, so that names sort in seq order
+
+	dirPerm  = 0o750
+	filePerm = 0o640
+)
+
+// segment is one file of a stream.
+type segment struct {
+	first    uint64    // no record in it is older; also its name
+	size     int64     // bytes that may be read
+	modified time.Time // wall clock of the last write, for retention by age
+	sealed   time.Time // monotonic: when this process saw it sealed
+}
+
+// stream is the segments of one directory, oldest first. The last one is being
+// written. Its methods may be called by anybody at any time.
+type stream struct {
+	fs  FS
+	dir string
+
+	mu   sync.RWMutex
+	segs []segment
+}
+
+func segmentName(first uint64) string {
+	return fmt.Sprintf("%0*d%s", seqDigits, first, segmentSuffix)
+}
+
+// segmentFirst takes a sequence number from a file's name.
+func segmentFirst(name string) (uint64, bool) {
+	digits, ok := strings.CutSuffix(name, segmentSuffix)
+	if !ok || len(digits) != seqDigits {
+		return 0, false
+	}
+	first, err := strconv.ParseUint(digits, 10, 64)
+	return first, err == nil && first > 0
+}
+
+func (s *stream) path(first uint64) string { return filepath.Join(s.dir, segmentName(first)) }
+
+// load lists the directory; one that does not exist is an empty stream.
+func (s *stream) load() error {
+	entries, err := s.fs.ReadDir(s.dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("listing segments: %w", err)
+	}
+	var segs []segment
+	for _, e := range entries {
+		first, ok := segmentFirst(e.Name())
+		if !ok || !e.Type().IsRegular() {
+			continue
+		}
+		info, err := e.Info()
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("listing segments: %w", err)
+		}
+		segs = append(segs, segment{first: first, size: info.Size(), modified: info.ModTime(), sealed: time.Now()})
+	}
+	slices.SortFunc(segs, func(a, b segment) int { return cmp.Compare(a.first, b.first) })
+	s.mu.Lock()
+	s.segs = segs
+	s.mu.Unlock()
+	return nil
+}
+
+// create makes the segment that begins at first and makes its name durable. A
+// file of that name can only be the remains of a write that failed before any
+// record of it was durable; it is replaced.
+func (s *stream) create(first uint64) (File, error) {
+	name := s.path(first)
+	f, err := s.fs.OpenFile(name, os.O_RDWR|os.O_CREATE|os.O_EXCL, filePerm)
+	if errors.Is(err, fs.ErrExist) {
+		if err = s.fs.Remove(name); err == nil {
+			f, err = s.fs.OpenFile(name, os.O_RDWR|os.O_CREATE|os.O_EXCL, filePerm)
+		}
+	}
+	if err != nil {
+		return nil, fmt.Errorf("creating segment: %w", err)
+	}
+	// Without this a crash could lose the name, and with it every record that
+	// was synced into the file.
+	if err := s.fs.SyncDir(s.dir); err != nil {
+		return nil, errors.Join(fmt.Errorf("making segment %s durable: %w", name, err), f.Close())
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if n := len(s.segs); n > 0 && s.segs[n-1].first == first {
+		s.segs = s.segs[:n-1]
+	} else if n > 0 {
+		s.segs[n-1].sealed = time.Now()
+	}
+	s.segs = append(s.segs, segment{first: first, modified: time.Now()})
+	return f, nil
+}
+
+// grown records that the newest segment may be read up to size.
+func (s *stream) grown(size int64, now time.Time) {
+	s.mu.Lock()
+	last := &s.segs[len(s.segs)-1]
+	last.size, last.modified = size, now
+	s.mu.Unlock()
+}
+
+// find gives the segment that holds seq, or would: the last that begins at or
+// before it, else the oldest. next is the first number of the one behind it, 0
+// if it is the newest.
+func (s *stream) find(seq uint64) (seg segment, next uint64, ok bool) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	i, exact := slices.BinarySearchFunc(s.segs, seq, func(g segment, seq uint64) int { return cmp.Compare(g.first, seq) })
+	if !exact && i > 0 {
+		i--
+	}
+	if i >= len(s.segs) {
+		return segment{}, 0, false
+	}
+	if i+1 < len(s.segs) {
+		next = s.segs[i+1].first
+	}
+	return s.segs[i], next, true
+}
+
+// snapshot copies the list.
+func (s *stream) snapshot() []segment {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return slices.Clone(s.segs)
+}
+
+// oldest gives the first number of the oldest segment; 0: there is none.
+func (s *stream) oldest() uint64 {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	if len(s.segs) == 0 {
+		return 0
+	}
+	return s.segs[0].first
+}
+
+// retention says which segments may go.
+type retention struct {
+	size int64         // bytes that a stream may hold; 0: any
+	age  time.Duration // how long a record is kept; 0: for ever
+	// before protects segments that hold records from this number on.
+	before uint64
+}
+
+// minSealed is how long this process must have seen a segment sealed before
+// its age counts: a clock that jumps must not expire fresh records.
+const minSealed = time.Hour
+
+// expire removes whole segments, oldest first, never the newest, until the
+// stream is within r. Those it removed are off the list even where removing
+// the file failed, so that a broken directory cannot stall it.
+func (s *stream) expire(r retention, now time.Time) error {
+	var doomed []segment
+	s.mu.Lock()
+	var total int64
+	for _, g := range s.segs {
+		total += g.size
+	}
+	for len(s.segs) > 1 && s.segs[1].first <= r.before {
+		g := s.segs[0]
+		tooBig := r.size > 0 && total > r.size
+		tooOld := r.age > 0 && now.Sub(g.modified) > r.age && time.Since(g.sealed) >= minSealed
+		if !tooBig && !tooOld {
+			break
+		}
+		doomed = append(doomed, g)
+		total -= g.size
+		s.segs = s.segs[1:]
+	}
+	s.mu.Unlock()
+	var errs []error
+	for _, g := range doomed {
+		if err := s.fs.Remove(s.path(g.first)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, fmt.Errorf("expiring segment: %w", err))
+		}
+	}
+	return errors.Join(errs...)
+}

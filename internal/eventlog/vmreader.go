@@ -1,0 +1,152 @@
+package eventlog
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"path/filepath"
+)
+
+// vmReader reads a VM's own stream up to where it had been copied when the
+// reader was made; the host stream has the rest.
+type vmReader struct {
+	cursor cursor
+	until  uint64
+	ahead  Record
+	has    bool
+}
+
+// NewVMReader is NewReader for what the VM published and what was sent to it,
+// and whatever else was committed lately: older records come from the VM's own
+// stream, which other VMs' traffic does not push out.
+func (l *Log) NewVMReader(vm string, seq uint64) (*Reader, error) {
+	st, position, err := l.vmStream(vm)
+	if err != nil {
+		return nil, err
+	}
+	seq = max(1, seq)
+	r := l.NewReader(max(seq, position+1))
+	if st != nil && seq <= position {
+		r.vm = &vmReader{cursor: cursor{st: st, next: seq}, until: position}
+		r.next = seq
+	}
+	return r, nil
+}
+
+// vmStream gives a VM's stream and how far the host stream is copied to it. The
+// position is taken first: the files hold at least that much.
+func (l *Log) vmStream(vm string) (*stream, uint64, error) {
+	p := l.perVM
+	if p == nil {
+		return nil, 0, nil
+	}
+	position := p.position.Load()
+	p.mu.Lock()
+	s := p.streams[vm]
+	p.mu.Unlock()
+	if s != nil {
+		return &s.st, position, nil
+	}
+	st := &stream{fs: l.opts.FS, dir: filepath.Join(p.opts.Dir, vm)}
+	if err := st.load(); err != nil {
+		return nil, 0, fmt.Errorf("opening the stream of %s: %w", vm, err)
+	}
+	return st, position, nil
+}
+
+// fromVM reads the next record from the VM's stream, false where it has ended.
+func (r *Reader) fromVM(rec *Record) (bool, error) {
+	v := r.vm
+	if v.has {
+		*rec, v.has = v.ahead, false
+		r.next = rec.Seq + 1
+		return true, nil
+	}
+	err := v.cursor.read(rec)
+	damaged := v.cursor.damaged
+	if damaged && r.log.opts.OnDamage != nil {
+		r.log.opts.OnDamage(v.cursor.damagedAt)
+	}
+	if err != nil && !errors.Is(err, io.EOF) {
+		return false, err
+	}
+	from := r.next
+	if err != nil || rec.Seq > v.until {
+		v.cursor.close()
+		r.vm = nil
+		r.next = v.until + 1
+		if damaged {
+			return false, &Gap{From: from, To: v.until}
+		}
+		return false, nil
+	}
+	r.next = rec.Seq + 1
+	if damaged && rec.Seq > from {
+		v.ahead, v.has = *rec, true
+		return false, &Gap{From: from, To: rec.Seq - 1}
+	}
+	return true, nil
+}
+
+// OldestOf gives the number from which on a VM's own stream, or failing one the
+// host's, is kept.
+func (l *Log) OldestOf(vm string) (uint64, error) {
+	st, _, err := l.vmStream(vm)
+	if err != nil {
+		return 0, err
+	}
+	if st != nil {
+		if oldest := st.oldest(); oldest > 0 {
+			return oldest, nil
+		}
+	}
+	return l.Oldest(), nil
+}
+
+// LastMatchingOf is LastMatching over a VM's own stream.
+func (l *Log) LastMatchingOf(vm string, n uint64, match func(*Record) bool) (uint64, error) {
+	st, position, err := l.vmStream(vm)
+	if err != nil {
+		return 0, err
+	}
+	if st == nil {
+		return l.LastMatching(n, match)
+	}
+	end := l.Committed()
+	r := l.NewReader(position + 1)
+	defer r.Close()
+	var newer []uint64 // matches not copied yet: there are few, the copy is close behind
+	var rec Record
+	for r.Position() <= end {
+		ok, err := r.Next(&rec)
+		var gap *Gap
+		if errors.As(err, &gap) {
+			continue
+		}
+		if err != nil {
+			return 0, err
+		}
+		if !ok {
+			break
+		}
+		if match(&rec) {
+			newer = append(newer, rec.Seq)
+		}
+	}
+	if n == 0 {
+		return end + 1, nil
+	}
+	if have := uint64(len(newer)); have >= n {
+		return newer[have-n], nil
+	}
+	seq, err := st.lastMatching(int(min(n, 1<<31))-len(newer), position, match)
+	switch {
+	case err != nil:
+		return 0, fmt.Errorf("looking for the last %d records of %s: %w", n, vm, err)
+	case seq != 0:
+		return seq, nil
+	case len(newer) > 0:
+		return newer[0], nil
+	}
+	return end + 1, nil
+}

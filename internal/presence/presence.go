@@ -1,0 +1,341 @@
+// Package presence knows, at any moment, which VM is alive. It is one guarded
+// table with one deadline sweep; sessions report what they hear through a few
+// atomic words a VM, so that a frame costs no lock.
+package presence
+
+import (
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// Why a VM is in the state it is in.
+const (
+	ReasonNeverSeen    = "never-seen"
+	ReasonHandshake    = "handshake"    // reachable: it has just connected
+	ReasonFrame        = "frame"        // reachable again: a silent session spoke
+	ReasonDisconnected = "disconnected" // its connection closed
+	ReasonSilent       = "silent"       // connected, yet nothing heard for too long
+	ReasonExpired      = "expired"      // a handshake-only guest was not heard of again
+)
+
+// Change is a VM's transition from one state to the other.
+type Change struct {
+	VM        string
+	Reachable bool
+	Reason    string
+}
+
+// VM is what is known of one VM. Its methods may be called by anybody; the
+// fields below mu belong to the table.
+type VM struct {
+	name  string
+	table *Table
+
+	frame, publish, heartbeat atomic.Int64 // when last, in ns since the table began; 0: never
+	silent                    atomic.Bool  // the sweep found it so
+	published, limited        atomic.Uint64
+
+	// Limit is its share of what the broker takes, kept across its sessions.
+	Limit Bucket
+
+	// Under the table's lock:
+	reachable   bool
+	reason      string
+	session     Session
+	remote      string
+	caps        []string
+	topics      []string
+	handshake   time.Time // with the monotonic clock; zero: never
+	subscribed  time.Time // the last change of its subscriptions
+	handshakeOK bool      // reachable by a handshake-only guest's word
+}
+
+// Session is a live session, as far as the table needs to know it.
+type Session interface {
+	Token() string
+	// Lag gives how many committed records its slowest subscription has still
+	// to pass.
+	Lag() uint64
+	// Expire ends the session because nothing was heard of it for too long. It
+	// must not wait.
+	Expire()
+}
+
+// Options of a Table.
+type Options struct {
+	ReachableWithin time.Duration // a session is reachable for so long after a frame
+	SessionTimeout  time.Duration // a session that says nothing for so long ends
+	MaxVMs          int           // names kept; 0: any number
+}
+
+// Table is the presence table.
+type Table struct {
+	began time.Time
+	// Wake has a token when Changes or Dirty may have something new. One token
+	// says all that more could.
+	Wake chan struct{}
+
+	mu      sync.Mutex
+	opts    Options
+	vms     map[string]*VM
+	changes []Change
+	touched map[string]struct{} // VMs whose record a person would watch has changed
+	refused refusals
+}
+
+// New makes an empty table.
+func New(opts Options) *Table {
+	return &Table{
+		began: time.Now(), Wake: make(chan struct{}, 1), opts: opts,
+		vms: make(map[string]*VM), touched: make(map[string]struct{}),
+	}
+}
+
+// Configure changes the options of a running table.
+func (t *Table) Configure(opts Options) {
+	t.mu.Lock()
+	t.opts = opts
+	t.mu.Unlock()
+}
+
+// now is the table's clock: monotonic, and never 0.
+func (t *Table) now() int64 { return max(1, int64(time.Since(t.began))) }
+
+func (t *Table) wake() {
+	select {
+	case t.Wake <- struct{}{}:
+	default:
+	}
+}
+
+// vm gives the entry for name, making one if need be, nil if there are too
+// many. Call with the lock held.
+func (t *Table) vm(name string) *VM {
+	v := t.vms[name]
+	if v == nil {
+		if t.opts.MaxVMs > 0 && len(t.vms) >= t.opts.MaxVMs {
+			return nil
+		}
+		v = &VM{name: name, table: t, reason: ReasonNeverSeen}
+		t.vms[name] = v
+	}
+	return v
+}
+
+// set moves v to a state. Call with the lock held.
+func (t *Table) set(v *VM, reachable bool, reason string) {
+	t.touched[v.name] = struct{}{}
+	v.reason = reason
+	if v.reachable == reachable {
+		return
+	}
+	v.reachable = reachable
+	if len(t.changes) >= maxChanges {
+		t.mergeChanges()
+	}
+	t.changes = append(t.changes, Change{VM: v.name, Reachable: reachable, Reason: reason})
+}
+
+// maxChanges bounds the changes that wait to be published. Beyond it only the
+// newest of each VM is kept.
+const maxChanges = 1 << 16
+
+func (t *Table) mergeChanges() {
+	newest := make(map[string]int, len(t.vms))
+	for i, c := range t.changes {
+		newest[c.VM] = i
+	}
+	kept := t.changes[:0]
+	for i, c := range t.changes {
+		if newest[c.VM] == i {
+			kept = append(kept, c)
+		}
+	}
+	t.changes = kept
+}
+
+// Know makes an entry for a registered VM, so that it shows before it was ever
+// seen.
+func (t *Table) Know(name string) {
+	t.mu.Lock()
+	if t.vms[name] == nil {
+		t.vms[name] = &VM{name: name, table: t, reason: ReasonNeverSeen}
+		t.touched[name] = struct{}{}
+	}
+	t.mu.Unlock()
+	t.wake()
+}
+
+// Forget drops the entry of a VM that has no session.
+func (t *Table) Forget(name string) {
+	t.mu.Lock()
+	if v := t.vms[name]; v != nil && v.session == nil {
+		if v.reachable {
+			t.set(v, false, ReasonDisconnected)
+		}
+		delete(t.vms, name)
+		t.touched[name] = struct{}{}
+	}
+	t.mu.Unlock()
+	t.wake()
+}
+
+// Connect makes s the session of the VM called name and gives the one that it
+// replaces, nil if there was none. ok is false where there are too many names.
+func (t *Table) Connect(name string, s Session, remote string, caps []string) (v *VM, old Session, ok bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if v = t.vm(name); v == nil {
+		return nil, nil, false
+	}
+	old, v.session = v.session, s
+	v.remote, v.caps, v.topics = remote, caps, nil
+	v.handshake, v.handshakeOK = time.Now(), false
+	v.frame.Store(t.now())
+	v.silent.Store(false)
+	t.set(v, true, ReasonHandshake)
+	t.wake()
+	return v, old, true
+}
+
+// Disconnect ends s, unless a newer session has replaced it: the close of an
+// old one never touches the newer one's state. It tells whether it did.
+func (t *Table) Disconnect(v *VM, s Session) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if v.session != s {
+		return false
+	}
+	v.session, v.topics, v.remote = nil, nil, ""
+	t.set(v, false, ReasonDisconnected)
+	t.wake()
+	return true
+}
+
+// Attend notes an ok given to a handshake-only guest.
+func (t *Table) Attend(name, remote string, caps []string) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	v := t.vm(name)
+	if v == nil {
+		return false
+	}
+	v.handshake = time.Now()
+	if v.session == nil { // a live session says more than a handshake
+		v.remote, v.caps, v.handshakeOK = remote, caps, true
+		t.set(v, true, ReasonHandshake)
+	}
+	t.wake()
+	return true
+}
+
+// Subscribed notes the topics that s is subscribed to now.
+func (t *Table) Subscribed(v *VM, s Session, topics []string) {
+	t.mu.Lock()
+	if v.session == s {
+		v.topics, v.subscribed = topics, time.Now()
+		t.touched[v.name] = struct{}{}
+	}
+	t.mu.Unlock()
+	t.wake()
+}
+
+// Heard notes that a frame arrived.
+func (v *VM) Heard() {
+	v.frame.Store(v.table.now())
+	if v.silent.Load() {
+		v.table.awake(v)
+	}
+}
+
+// Heartbeat notes a heartbeat frame.
+func (v *VM) Heartbeat() { v.heartbeat.Store(v.table.now()) }
+
+// Published notes n records accepted from the VM.
+func (v *VM) Published(n int) {
+	v.publish.Store(v.table.now())
+	v.published.Add(uint64(n))
+}
+
+// Limited notes a publish refused for its rate.
+func (v *VM) Limited() { v.limited.Add(1) }
+
+// Name gives the VM's name.
+func (v *VM) Name() string { return v.name }
+
+// awake makes a silent VM with a session reachable again.
+func (t *Table) awake(v *VM) {
+	t.mu.Lock()
+	if v.session != nil && v.silent.Swap(false) {
+		t.set(v, true, ReasonFrame)
+	}
+	t.mu.Unlock()
+	t.wake()
+}
+
+// Sweep finds those not heard of for too long: VMs become unreachable, and
+// sessions that are over are told so. Call it every [Table.Interval].
+func (t *Table) Sweep() {
+	var over []Session
+	t.mu.Lock()
+	now := t.now()
+	for _, v := range t.vms {
+		switch {
+		case v.session != nil:
+			quiet := time.Duration(now - v.frame.Load())
+			if quiet > t.opts.SessionTimeout {
+				over = append(over, v.session)
+			}
+			if v.reachable && quiet > t.opts.ReachableWithin {
+				v.silent.Store(true)
+				t.set(v, false, ReasonSilent)
+			}
+		case v.reachable && v.handshakeOK && time.Since(v.handshake) > t.opts.ReachableWithin:
+			v.handshakeOK = false
+			t.set(v, false, ReasonExpired)
+		}
+	}
+	changed := len(t.changes) > 0
+	t.mu.Unlock()
+	if changed {
+		t.wake()
+	}
+	for _, s := range over {
+		s.Expire()
+	}
+}
+
+// Interval is how often to sweep so that a deadline is met within a tenth of
+// itself, and at most a second late.
+func (t *Table) Interval() time.Duration {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return max(20*time.Millisecond, min(time.Second, t.opts.ReachableWithin/10, t.opts.SessionTimeout/10))
+}
+
+// Changes takes the changes that have happened since the last call, in order,
+// and the names of the VMs of which anything has changed.
+func (t *Table) Changes() (changes []Change, touched []string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	changes, t.changes = t.changes, nil
+	if len(t.touched) > 0 {
+		touched = make([]string, 0, len(t.touched))
+		for name := range t.touched {
+			touched = append(touched, name)
+		}
+		t.touched = make(map[string]struct{})
+	}
+	return changes, touched
+}
+
+// SessionOf gives the live session of a VM, nil if there is none.
+func (t *Table) SessionOf(name string) Session {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if v := t.vms[name]; v != nil {
+		return v.session
+	}
+	return nil
+}

@@ -1,0 +1,173 @@
+package presence
+
+import (
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/castrabus/castra/internal/bus"
+)
+
+// Snapshot describes the named VMs, or all if names is empty, sorted by name.
+// Names that are not known are left out. It waits for no guest.
+func (t *Table) Snapshot(names []string) []bus.VM {
+	t.mu.Lock()
+	now := t.now()
+	var out []bus.VM
+	var sessions []Session
+	add := func(v *VM) {
+		d, s := t.describe(v, now)
+		out = append(out, d)
+		sessions = append(sessions, s)
+	}
+	if len(names) == 0 {
+		out = make([]bus.VM, 0, len(t.vms))
+		for _, v := range t.vms {
+			add(v)
+		}
+	}
+	for _, name := range names {
+		if v := t.vms[name]; v != nil {
+			add(v)
+		}
+	}
+	t.mu.Unlock()
+	for i, s := range sessions {
+		if s != nil {
+			out[i].Session, out[i].Lag = s.Token(), s.Lag()
+		}
+	}
+	slices.SortFunc(out, func(a, b bus.VM) int { return strings.Compare(a.VM, b.VM) })
+	return out
+}
+
+// describe gives what the table holds of v. Call with the lock held.
+func (t *Table) describe(v *VM, now int64) (bus.VM, Session) {
+	d := bus.VM{
+		VM: v.name, Reachable: v.reachable, State: "unreachable",
+		LastPublishAgeMS: ageMS(now, v.publish.Load()), LastHeartbeatAgeMS: ageMS(now, v.heartbeat.Load()),
+		BusSubscribed: len(v.topics) > 0, Subscriptions: append([]string{}, v.topics...),
+		RemoteAddr: v.remote, Capabilities: append([]string{}, v.caps...),
+		Published: v.published.Load(), RateLimited: v.limited.Load(),
+		Forwards: []string{},
+	}
+	if v.reachable {
+		d.State = "reachable"
+	} else {
+		d.Reason = v.reason
+	}
+	if !v.handshake.IsZero() {
+		ms := time.Since(v.handshake).Milliseconds()
+		d.LastHandshakeAgeMS = &ms
+	}
+	return d, v.session
+}
+
+func ageMS(now, at int64) *int64 {
+	if at == 0 {
+		return nil
+	}
+	ms := max(0, time.Duration(now-at).Milliseconds())
+	return &ms
+}
+
+// Counts tells how many VMs have a session and how many are reachable.
+func (t *Table) Counts() (sessions, reachable int) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, v := range t.vms {
+		if v.session != nil {
+			sessions++
+		}
+		if v.reachable {
+			reachable++
+		}
+	}
+	return sessions, reachable
+}
+
+// Last is what the file of a VM's last handshake tells; times are wall clock,
+// zero where never.
+type Last struct {
+	Handshake, Publish, Heartbeat, Subscribe time.Time
+	Capabilities, Topics                     []string
+}
+
+// Last gives it for one VM, ok=false if the name is not known.
+func (t *Table) Last(name string) (Last, bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	v := t.vms[name]
+	if v == nil {
+		return Last{}, false
+	}
+	return Last{
+		Handshake: v.handshake, Publish: t.wall(v.publish.Load()), Heartbeat: t.wall(v.heartbeat.Load()), Subscribe: v.subscribed,
+		Capabilities: slices.Clone(v.caps), Topics: slices.Clone(v.topics),
+	}, true
+}
+
+// wall converts the table's clock.
+func (t *Table) wall(at int64) time.Time {
+	if at == 0 {
+		return time.Time{}
+	}
+	return t.began.Add(time.Duration(at))
+}
+
+// maxRefused and refusedFor bound the list of names turned away (contract 7).
+const (
+	maxRefused = 64
+	refusedFor = time.Hour
+)
+
+type refusal struct {
+	vm, reason string
+	at         time.Time
+}
+
+// refusals are kept oldest first, one a name.
+type refusals []refusal
+
+// Refuse notes that a name was turned away.
+func (t *Table) Refuse(name, reason string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	r := slices.DeleteFunc(t.refused, func(r refusal) bool { return r.vm == name })
+	r = append(r, refusal{name, reason, time.Now()})
+	t.refused = r[max(0, len(r)-maxRefused):]
+}
+
+// Admitted drops name from the list of those turned away.
+func (t *Table) Admitted(name string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.refused = slices.DeleteFunc(t.refused, func(r refusal) bool { return r.vm == name })
+}
+
+// Refused lists the names turned away in the last hour, the newest first.
+func (t *Table) Refused() []bus.Refused {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	out := []bus.Refused{}
+	for _, r := range slices.Backward(t.refused) {
+		if age := time.Since(r.at); age <= refusedFor {
+			out = append(out, bus.Refused{VM: r.vm, Reason: r.reason, AgeMS: age.Milliseconds()})
+		}
+	}
+	return out
+}
+
+// HeardSince lists the VMs of which anything was heard within the last d.
+func (t *Table) HeardSince(d time.Duration) []string {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	since := t.now() - int64(d)
+	var names []string
+	for name, v := range t.vms {
+		if v.session != nil && v.frame.Load() > since {
+			names = append(names, name)
+		}
+	}
+	return names
+}

@@ -1,0 +1,315 @@
+package session
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/castrabus/castra/internal/bus"
+	"github.com/castrabus/castra/internal/eventlog"
+	"github.com/castrabus/castra/internal/wire"
+)
+
+// readSize holds the longest frame and its length.
+const readSize = 4 + wire.MaxFrame
+
+// workspace is what reading needs while there are bytes to read. It is lent to
+// a session for one burst, so that an idle session holds none.
+type workspace struct {
+	buf   []byte
+	dec   wire.Decoder
+	msg   wire.Message
+	batch eventlog.Batch
+	arena []byte  // topics, ids and replies of the batch: the decoder reuses its own
+	acks  []reply // what the frames of the burst are answered with, in their order
+	out   []byte
+}
+
+// reply is an answer still to be encoded.
+type reply struct {
+	ack   wire.Ack
+	entry int // of the batch; -1: the answer is known already
+}
+
+var workspaces = sync.Pool{New: func() any { return &workspace{buf: make([]byte, readSize)} }}
+
+// run reads until the session ends and then says why.
+func (s *Session) run(early []byte) {
+	err := s.read(early)
+	end := s.ended.Load()
+	if end == nil {
+		end = &End{}
+		switch {
+		case err == nil || errors.Is(err, io.EOF):
+		case errors.Is(err, wire.ErrProtocol), errors.Is(err, wire.ErrFrameSize):
+			end = &End{Reason: TroubleProtocolError, Detail: err.Error()}
+		default:
+			end = &End{Reason: TroubleIOError, Detail: err.Error()}
+		}
+		if !s.ended.CompareAndSwap(nil, end) {
+			end = s.ended.Load()
+		}
+	}
+	_ = s.conn.SetWriteDeadline(time.Unix(1, 0)) // a delivery under way gives the token back
+	s.writer <- struct{}{}
+	for _, sub := range s.subscriptions() {
+		s.broker.Unsubscribe(sub)
+		sub.reader.Close()
+	}
+	if code := fatalCode(end.Reason); code != "" {
+		_ = s.conn.SetWriteDeadline(time.Now().Add(lingerFor))
+		_, _ = s.conn.Write(wire.AppendErrorFrame(nil, code, end.Detail))
+	}
+	<-s.writer // whoever takes it now finds the session ended, and writes nothing
+	s.broker.Release(s, *end)
+	linger(s.conn)
+	s.deliveries.wait()
+}
+
+// fatalCode is the wire's word for why a session ends, "" where the guest
+// cannot hear it or need not.
+func fatalCode(reason string) string {
+	switch reason {
+	case TroubleProtocolError:
+		return "protocol-error"
+	case TroubleHeartbeatTimeout:
+		return "heartbeat-timeout"
+	case TroubleSuperseded:
+		return "superseded"
+	case TroubleShutdown:
+		return "shutting-down"
+	case TroubleRevoked:
+		return "forbidden"
+	default:
+		return ""
+	}
+}
+
+// read serves bursts of frames until an error ends it.
+func (s *Session) read(early []byte) error {
+	rest := early // an incomplete frame, held in no more room than it needs
+	for {
+		ws, n, err := s.receive(rest)
+		if err != nil {
+			return err
+		}
+		s.guest.Heard()
+		left, err := s.burst(&ws, ws.buf[:n])
+		if err != nil {
+			return err
+		}
+		rest = nil
+		if len(left) > 0 {
+			rest = append([]byte(nil), left...)
+		}
+		workspaces.Put(ws)
+	}
+}
+
+// receive waits for bytes and borrows a workspace once there are some; they
+// are put behind the incomplete frame in rest.
+func (s *Session) receive(rest []byte) (ws *workspace, n int, err error) {
+	if len(rest) > 0 { // early bytes may hold whole frames
+		if f, _, err := wire.NextFrame(rest); f != nil || err != nil {
+			ws = workspaces.Get().(*workspace)
+			return ws, copy(ws.buf, rest), nil
+		}
+	}
+	waitErr := s.raw.Read(func(fd uintptr) bool {
+		ws = workspaces.Get().(*workspace)
+		k := copy(ws.buf, rest)
+		for {
+			n, err = syscall.Read(int(fd), ws.buf[k:])
+			if err != syscall.EINTR {
+				break
+			}
+		}
+		if err == syscall.EAGAIN {
+			workspaces.Put(ws)
+			ws, err = nil, nil
+			return false
+		}
+		n = max(0, n)
+		if n == 0 && err == nil {
+			err = io.EOF
+		}
+		n += k
+		return true
+	})
+	if ws != nil && (err != nil || waitErr != nil) {
+		workspaces.Put(ws)
+	}
+	if waitErr != nil {
+		err = waitErr
+	}
+	if errors.Is(err, io.EOF) && len(rest) > 0 {
+		err = fmt.Errorf("the connection closed inside a frame: %w", io.ErrUnexpectedEOF)
+	}
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		err = errEnded
+	}
+	return ws, n, err
+}
+
+// burst answers every whole frame in data and gives the incomplete one at its
+// end. It may replace *ws where a stalled disk keeps the one it had.
+func (s *Session) burst(ws **workspace, data []byte) (left []byte, err error) {
+	for {
+		frame, rest, err := wire.NextFrame(data)
+		if err == nil && frame == nil {
+			return s.flush(ws, rest)
+		}
+		w := *ws
+		if err == nil {
+			err = w.dec.Decode(frame, &w.msg)
+		}
+		if err != nil {
+			// What came before the bad frame is answered first.
+			if _, ferr := s.flush(ws, nil); ferr != nil {
+				return nil, ferr
+			}
+			return nil, err
+		}
+		if data, err = s.frame(ws, rest); err != nil {
+			return nil, err
+		}
+	}
+}
+
+// frame takes in one decoded frame. It gives rest back, moved where the
+// workspace was replaced.
+func (s *Session) frame(ws **workspace, rest []byte) ([]byte, error) {
+	w := *ws
+	m := &w.msg
+	kind := ackKind(m)
+	refuse := func(code bus.Code, reason string) ([]byte, error) {
+		w.acks = append(w.acks, reply{ack: wire.Ack{Kind: kind, Code: string(code), Reason: reason, Topic: w.keep(m.Topic), ID: w.keep(m.ID)}, entry: -1})
+		return rest, nil
+	}
+	switch {
+	case m.Bad != "":
+		return refuse(bus.CodeBadFrame, m.Bad)
+	case m.Type == wire.TypePublish:
+		s.publish(w)
+		return rest, nil
+	case m.Type == wire.TypeHeartbeat:
+		s.guest.Heartbeat()
+		w.acks = append(w.acks, reply{ack: wire.Ack{Kind: kind}, entry: -1})
+		return rest, nil
+	case m.Type == wire.TypeAck && string(m.Ack) == "publish":
+		return rest, s.acknowledged(m)
+	case m.Type == wire.TypeSubscribe || m.Type == wire.TypeUnsubscribe:
+		// The answer must come behind those of the frames before it, and
+		// deliveries behind the answer.
+		sub := s.copyRequest(m)
+		rest, err := s.flush(ws, rest)
+		if err != nil {
+			return nil, err
+		}
+		return rest, s.change(sub)
+	default:
+		return refuse(bus.CodeUnsupportedType, fmt.Sprintf("no frame of type %q is known here", clip(m.TypeName)))
+	}
+}
+
+// keep copies b to where the next frame does not overwrite it.
+func (w *workspace) keep(b []byte) []byte {
+	if b == nil {
+		return nil
+	}
+	n := len(w.arena)
+	w.arena = append(w.arena, b...)
+	return w.arena[n:len(w.arena):len(w.arena)]
+}
+
+// publish adds the record to the batch, or the refusal to the answers.
+func (s *Session) publish(w *workspace) {
+	m := &w.msg
+	topic := m.Topic
+	if topic == nil {
+		topic = []byte(defaultTopic)
+	}
+	a := wire.Ack{Kind: "publish", Topic: w.keep(topic), ID: w.keep(m.ID)}
+	refuse := func(code bus.Code, format string, args ...any) {
+		a.Code, a.Reason = string(code), fmt.Sprintf(format, args...)
+		w.acks = append(w.acks, reply{ack: a, entry: -1})
+	}
+	switch owner, owned := wire.TopicVM(string(topic)); {
+	case m.TooLarge:
+		refuse(bus.CodeTooLarge, "a payload takes at most %d bytes without white space", wire.MaxPayload)
+		return
+	case !wire.ValidTopic(topic):
+		refuse(bus.CodeBadTopic, "%q is no topic: 1 to %d of A-Za-z0-9._:/-", clip(topic), wire.MaxTopic)
+		return
+	case m.Reply != nil && !wire.ValidTopic(m.Reply):
+		refuse(bus.CodeBadTopic, "reply %q is no topic", clip(m.Reply))
+		return
+	case owned && owner != s.vm:
+		refuse(bus.CodeForbidden, "topic %s belongs to another VM", topic)
+		return
+	case brokersOwn(topic):
+		refuse(bus.CodeForbidden, "topics beginning castra. are the broker's")
+		return
+	}
+	if wait := s.guest.Allow(len(m.Payload)); wait > 0 {
+		a.RetryAfterMS = max(1, wait.Milliseconds())
+		refuse(bus.CodeRateLimited, "more than this VM may publish; retry in %d ms", a.RetryAfterMS)
+		s.noteLimited()
+		return
+	}
+	w.acks = append(w.acks, reply{ack: a, entry: len(w.batch.Entries)})
+	w.batch.Entries = append(w.batch.Entries, eventlog.Entry{
+		VM: s.vm, Topic: a.Topic, ID: a.ID, Reply: w.keep(m.Reply), Payload: m.Payload,
+	})
+}
+
+// flush commits the batch and writes the answers. It gives rest back, moved
+// where the batch, and with it the buffer, had to be left to the log.
+func (s *Session) flush(ws **workspace, rest []byte) ([]byte, error) {
+	w := *ws
+	if len(w.acks) == 0 {
+		return rest, nil
+	}
+	var err error
+	if len(w.batch.Entries) > 0 {
+		// Not the session's context: what is queued will be committed.
+		if err = s.broker.Append(context.Background(), &w.batch); err == nil {
+			s.guest.Published(len(w.batch.Entries))
+		}
+	}
+	w.out = w.out[:0]
+	for i := range w.acks {
+		r := &w.acks[i]
+		if r.entry >= 0 {
+			s.outcome(r, &w.batch.Entries[r.entry], err)
+		}
+		w.out = wire.AppendAckFrame(w.out, &r.ack)
+	}
+	out := w.out
+	if errors.Is(err, eventlog.ErrStalled) {
+		fresh := workspaces.Get().(*workspace)
+		rest = fresh.buf[:copy(fresh.buf, rest)]
+		*ws = fresh
+	} else {
+		w.batch.Entries, w.arena, w.acks = w.batch.Entries[:0], w.arena[:0], w.acks[:0]
+	}
+	return rest, s.write(out)
+}
+
+// outcome fills in the answer to a publish.
+func (s *Session) outcome(r *reply, e *eventlog.Entry, err error) {
+	if err == nil {
+		err = e.Err
+	}
+	if err == nil {
+		r.ack.Seq, r.ack.NotDurable = e.Seq, s.opts.Lazy
+		return
+	}
+	refusal := Refuse(err)
+	r.ack.Code, r.ack.Reason, r.ack.RetryAfterMS = string(refusal.Code), refusal.Reason, refusal.RetryAfter.Milliseconds()
+}

@@ -1,0 +1,191 @@
+// Package session serves one guest connection: the handshake, then frames in
+// and deliveries out.
+//
+// A session runs one goroutine, which reads, and while there is something to
+// deliver a second one. The right to write to the connection is a token: its
+// holder alone writes, and alone touches what the session is subscribed to.
+package session
+
+import (
+	"context"
+	"errors"
+	"net"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/castrabus/castra/internal/eventlog"
+	"github.com/castrabus/castra/internal/wire"
+)
+
+// Broker is what a session needs of the broker. Its methods may be called by
+// any number of sessions at once.
+type Broker interface {
+	// Decide says what to answer to a hello: whether it is to be refused, and
+	// with which key it must prove its name, if any.
+	Decide(h wire.Hello, remote string) Decision
+	// Attend notes the ok given to a handshake-only guest.
+	Attend(h wire.Hello, remote string) Decision
+	// Admit makes s the session of its VM, which ends the one before.
+	Admit(s *Session, h wire.Hello) (Guest, Decision)
+	// Release notes that s has ended, and why.
+	Release(s *Session, end End)
+	// Refused records a handshake that granted nothing.
+	Refused(r Refusal)
+
+	// Append commits a batch of s's records, see [eventlog.Log.Append].
+	Append(ctx context.Context, b *eventlog.Batch) error
+	// Subscribe makes sub hear what is committed from now on.
+	Subscribe(sub *Subscription)
+	// Unsubscribe ends that.
+	Unsubscribe(sub *Subscription)
+	// Subscribed notes what s is subscribed to now.
+	Subscribed(s *Session, topics []string)
+	// Visible gives what a guest may hear, whatever it is subscribed to.
+	Visible(vm string) func(*eventlog.Record) bool
+	// OpenCursor gives the position of a durable cursor, making it at start
+	// where there is none.
+	OpenCursor(sub *Subscription, start uint64) (uint64, error)
+	// Acknowledged notes that sub's guest has processed what it was sent up to
+	// and including seq.
+	Acknowledged(sub *Subscription, seq uint64)
+	// Trouble records what befell s, for bus-events.jsonl.
+	Trouble(s *Session, reason, action, detail string)
+}
+
+// Decision is the broker's answer to a hello.
+type Decision struct {
+	Refuse string // the reason; empty: welcome
+	Key    []byte // what the guest must prove to hold; nil: nothing
+}
+
+// Guest is one VM's account, kept across its sessions.
+type Guest interface {
+	// Heard notes that frames arrived, Heartbeat that one was a heartbeat.
+	Heard()
+	Heartbeat()
+	// Allow takes a record with a payload of n bytes off the VM's share; where
+	// there is none left it gives how long until there is.
+	Allow(n int) (wait time.Duration)
+	// Published notes n records stored.
+	Published(n int)
+}
+
+// Refusal is a handshake that granted nothing.
+type Refusal struct {
+	VM           string // as far as it is known
+	Capabilities []string
+	Remote       string
+	Outcome      string // "denied" or "timeout"
+	Reason       string // one of wire's
+}
+
+// End tells why a session ended: one of the reasons of bus-events.jsonl, or
+// empty where the guest closed the connection in good order.
+type End struct {
+	Reason string
+	Detail string
+}
+
+// The reasons and actions of bus-events.jsonl (contract 4).
+const (
+	TroubleSlowConsumer     = "slow_consumer"
+	TroubleQueueFull        = "queue_full"
+	TroubleRateLimited      = "rate_limited"
+	TroubleHeartbeatTimeout = "heartbeat_timeout"
+	TroubleIOError          = "io_error"
+	TroubleProtocolError    = "protocol_error"
+	TroubleSuperseded       = "superseded"
+
+	// Not recorded: castrad ends, or an operator took the name away.
+	TroubleShutdown = "shutdown"
+	TroubleRevoked  = "revoked"
+
+	ActionReject     = "reject"
+	ActionThrottle   = "throttle"
+	ActionDisconnect = "disconnect"
+)
+
+// Options are what the configuration says of sessions. They may differ from
+// session to session, never within one.
+type Options struct {
+	HandshakeTimeout time.Duration
+	// WriteTimeout is how long a guest may leave a delivery unread.
+	WriteTimeout     time.Duration
+	MaxSubscriptions int
+	Lazy             bool // acks are given before records are durable, and say so
+	Log              *eventlog.Log
+}
+
+// Conn is what a session runs over: a TCP or Unix stream connection.
+type Conn interface {
+	net.Conn
+	syscall.Conn
+	CloseWrite() error
+}
+
+// Session is one guest's granted connection.
+type Session struct {
+	opts   Options
+	broker Broker
+	conn   Conn
+	raw    syscall.RawConn
+	remote string
+	vm     string
+	token  string
+	guest  Guest
+
+	// writer has room for one token: whoever put it there may write, and may
+	// change subs and what the subscriptions have read, until taking it out.
+	writer chan struct{}
+	subs   atomic.Pointer[[]*Subscription] // replaced, never changed in place
+
+	deliveries delivering
+	ended      atomic.Pointer[End]
+	limitedAt  time.Time // when a refusal for the rate was last recorded
+}
+
+// VM gives the name of the guest.
+func (s *Session) VM() string { return s.vm }
+
+// Token gives the session's token.
+func (s *Session) Token() string { return s.token }
+
+// Remote gives the guest's address.
+func (s *Session) Remote() string { return s.remote }
+
+// Account gives what Admit returned.
+func (s *Session) Account() Guest { return s.guest }
+
+// End closes the session from outside, for one of the reasons above. The first
+// reason stands. It does not wait.
+func (s *Session) End(reason, detail string) {
+	if s.ended.CompareAndSwap(nil, &End{Reason: reason, Detail: detail}) {
+		// A deadline in the past wakes reader and writer; the reader then says
+		// good-bye and closes.
+		_ = s.conn.SetDeadline(time.Unix(1, 0))
+	}
+}
+
+// Expire ends the session because its guest has been silent for too long.
+func (s *Session) Expire() { s.End(TroubleHeartbeatTimeout, "no frame for too long") }
+
+// Lag gives how many committed records the slowest subscription has still to
+// pass. It may be called by anybody and waits for nobody.
+func (s *Session) Lag() uint64 {
+	var lag uint64
+	committed := s.opts.Log.Committed()
+	for _, sub := range s.subscriptions() {
+		lag = max(lag, sub.lag(committed))
+	}
+	return lag
+}
+
+func (s *Session) subscriptions() []*Subscription {
+	if p := s.subs.Load(); p != nil {
+		return *p
+	}
+	return nil
+}
+
+var errEnded = errors.New("the session was ended")

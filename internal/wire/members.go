@@ -1,0 +1,204 @@
+package wire
+
+import (
+	"bytes"
+	"math"
+	"time"
+)
+
+// members are the known top-level members of a frame that has been checked.
+type members struct {
+	frame []byte
+	seen  uint32 // bit k: member k is there
+	at    [mUnknown]value
+}
+
+func (f *members) has(k member) bool { return f.seen&(1<<k) != 0 }
+
+// raw gives the member's JSON; nil: it is absent.
+func (f *members) raw(k member) []byte {
+	if !f.has(k) {
+		return nil
+	}
+	return f.at[k].of(f.frame)
+}
+
+// text gives the string that the member is; nil: it is none, or absent. The
+// escapes are removed in place, so it is called once a member.
+func (f *members) text(k member) []byte {
+	b := f.raw(k)
+	if len(b) == 0 || b[0] != '"' {
+		return nil
+	}
+	b = b[1 : len(b)-1]
+	if f.at[k].escaped {
+		b = unescape(b)
+	}
+	return b[:len(b):len(b)]
+}
+
+// number gives the member if it is a plain integer of 0 or more within 64 bits.
+func (f *members) number(k member) (n uint64, ok bool) {
+	return parseUint(f.raw(k))
+}
+
+// known gives the string that the member is, and calls m bad where it is there
+// and is none.
+func (f *members) known(m *Message, k member, bad string) []byte {
+	b := f.text(k)
+	if b == nil && f.has(k) {
+		m.bad(bad)
+	}
+	return b
+}
+
+// bad notes the first thing that is wrong.
+func (m *Message) bad(what string) {
+	if m.Bad == "" {
+		m.Bad = what
+	}
+}
+
+// fill gives the members their meaning. What a guest sends is checked, since the
+// broker must answer it; what a broker sends is taken where it is right.
+func (f *members) fill(m *Message) {
+	m.TypeName = f.text(mType)
+	if m.TypeName == nil {
+		m.bad("type must be a string")
+		return
+	}
+	switch string(m.TypeName) {
+	case "publish":
+		m.Type = TypePublish
+		f.fillPublish(m)
+	case "subscribe":
+		m.Type = TypeSubscribe
+		f.fillSubscribe(m)
+	case "unsubscribe":
+		m.Type = TypeUnsubscribe
+		m.Subscription = f.known(m, mSubscription, "subscription must be a string")
+		m.Topic = f.known(m, mTopic, "topic must be a string")
+	case "heartbeat":
+		m.Type = TypeHeartbeat
+	case "ack":
+		m.Type = TypeAck
+		f.fillAck(m)
+	case "gap":
+		m.Type = TypeGap
+		m.Subscription = f.text(mSubscription)
+		m.GapFrom, _ = f.number(mFrom)
+		m.GapTo, _ = f.number(mTo)
+	case "error":
+		m.Type = TypeError
+		m.Code, m.Reason = f.text(mCode), f.text(mReason)
+	}
+}
+
+func (f *members) fillPublish(m *Message) {
+	m.Topic = f.known(m, mTopic, "topic must be a string")
+	m.ID = f.known(m, mID, "id must be a string")
+	if m.ID != nil && (len(m.ID) == 0 || len(m.ID) > MaxID) {
+		m.bad("id must be 1 to 128 bytes long")
+	}
+	m.Reply = f.known(m, mReply, "reply must be a string")
+	m.Payload = f.raw(mPayload)
+	if f.has(mPayload) && f.at[mPayload].spaced {
+		m.Payload = compact(m.Payload[:0], m.Payload)
+	}
+	m.Payload = m.Payload[:len(m.Payload):len(m.Payload)]
+	m.TooLarge = len(m.Payload) > MaxPayload
+
+	// A delivery's own. In a guest's publish they are members like any other
+	// that the broker does not know.
+	m.Subscription, m.VM, m.Time = f.text(mSubscription), f.text(mVM), f.text(mTime)
+	m.Seq, m.HasSeq = f.number(mSeq)
+}
+
+func (f *members) fillSubscribe(m *Message) {
+	m.Topic = f.known(m, mTopic, "topic must be a string")
+	m.Sub = f.known(m, mSub, "sub must be a string")
+	if m.Sub != nil && !ValidSubName(m.Sub) {
+		m.bad("sub must be 1 to 64 of A-Za-z0-9._- and begin with a letter or digit")
+	}
+	m.Cursor = f.known(m, mCursor, "cursor must be a string")
+	if m.Cursor != nil && !ValidSubName(m.Cursor) {
+		m.bad("cursor must be 1 to 64 of A-Za-z0-9._- and begin with a letter or digit")
+	}
+	if m.HasFrom = f.has(mFrom); m.HasFrom && !f.from(&m.From) {
+		m.bad(`from must be "now", "start", a sequence number, -N or an RFC 3339 time`)
+	}
+}
+
+// from reads where a subscription begins.
+func (f *members) from(from *From) bool {
+	raw := f.raw(mFrom)
+	switch raw[0] {
+	case '"':
+		text := f.text(mFrom)
+		switch string(text) {
+		case "now":
+			from.Kind = FromNow
+			return true
+		case "start":
+			from.Kind = FromStart
+			return true
+		}
+		from.Kind = FromTime
+		return parseTime(text, &from.Time)
+	case '-':
+		from.Kind = FromLast
+		raw = raw[1:]
+	default:
+		from.Kind = FromSeq
+	}
+	var ok bool
+	from.N, ok = parseUint(raw)
+	return ok
+}
+
+func (f *members) fillAck(m *Message) {
+	m.Ack = f.known(m, mAck, "ack must be a string")
+	m.Subscription = f.known(m, mSubscription, "subscription must be a string")
+	if m.Seq, m.HasSeq = f.number(mSeq); f.has(mSeq) && !m.HasSeq {
+		m.bad("seq must be an integer of 0 or more within 64 bits")
+	}
+
+	// Only a broker's acks have these.
+	m.Topic, m.ID, m.Status = f.text(mTopic), f.text(mID), f.text(mStatus)
+	m.Code, m.Reason = f.text(mCode), f.text(mReason)
+	if n, ok := f.number(mRetryAfter); ok {
+		m.RetryAfterMS = int64(min(n, math.MaxInt64))
+	}
+}
+
+// parseTime reads an RFC 3339 time. Package time also takes a one-digit hour, a
+// comma for the point and offsets of a day and more, which other
+// implementations of the protocol would not.
+func parseTime(b []byte, t *time.Time) bool {
+	const minLen = len("2026-11-23T21:03:00Z")
+	if len(b) < minLen || b[len("2026-11-23T21")] != ':' || bytes.IndexByte(b, ',') >= 0 {
+		return false
+	}
+	if offset := b[len(b)-len("+23:59"):]; b[len(b)-1] != 'Z' && (string(offset[1:3]) > "23" || string(offset[4:]) > "59") {
+		return false
+	}
+	return t.UnmarshalText(b) == nil
+}
+
+// parseUint reads a JSON number that is nothing but digits.
+func parseUint(b []byte) (n uint64, ok bool) {
+	if len(b) == 0 || len(b) > len("18446744073709551615") {
+		return 0, false
+	}
+	for _, c := range b {
+		if !isDigit(c) {
+			return 0, false
+		}
+		digit := uint64(c - '0')
+		if n > (math.MaxUint64-digit)/10 {
+			return 0, false
+		}
+		n = n*10 + digit
+	}
+	return n, true
+}

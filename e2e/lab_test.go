@@ -24,13 +24,13 @@ const hang = 60 * time.Second
 // A lab is a directory with a host's castrad and whatever else a test starts beside
 // it. All of it ends with the test, which fails if a process must be killed.
 type lab struct {
-	*testing.T
+	testing.TB
 	dir     string
 	hostBus string // D-Bus address
 	port    int    // castrad's, on 127.0.0.1
 }
 
-func newLab(t *testing.T) *lab {
+func newLab(t testing.TB) *lab {
 	t.Helper()
 	if os.Getenv("CASTRA_E2E") != "1" {
 		t.Skip("needs a machine of its own: set CASTRA_E2E=1, or run `make test`")
@@ -38,7 +38,7 @@ func newLab(t *testing.T) *lab {
 	if err := os.MkdirAll("../.run", 0o755); err != nil {
 		t.Fatal(err)
 	}
-	//nolint:usetesting // a /tmp in memory may be too small, a TMPDIR too long for a socket's path
+	// Not t.TempDir: a /tmp in memory may be too small, a TMPDIR too long for a socket.
 	dir, err := os.MkdirTemp("../.run", "e2e.")
 	if err != nil {
 		t.Fatal(err)
@@ -47,7 +47,7 @@ func newLab(t *testing.T) *lab {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	return &lab{T: t, dir: dir}
+	return &lab{TB: t, dir: dir}
 }
 
 // path is a file of the lab's.
@@ -63,8 +63,8 @@ func (l *lab) write(name, format string, args ...any) string {
 }
 
 // start runs a process in the lab's directory until the test ends, its output kept in
-// NAME.log and shown if the test fails.
-func (l *lab) start(name string, env []string, argv ...string) {
+// NAME.log and shown if the test fails. A test that ends it earlier waits for it.
+func (l *lab) start(name string, env []string, argv ...string) *exec.Cmd {
 	l.Helper()
 	out, err := os.Create(l.path(name + ".log"))
 	if err != nil {
@@ -85,6 +85,7 @@ func (l *lab) start(name string, env []string, argv ...string) {
 			l.Logf("%s: %v, having said:\n%s", name, cmd.ProcessState, log)
 		}
 	})
+	return cmd
 }
 
 // stop asks a process to end and waits for it.
@@ -103,7 +104,7 @@ func (l *lab) bus(name string) string {
 	l.Helper()
 	address := "unix:path=" + l.path(name+".bus")
 	conf := l.write(name+"-bus.conf", `<busconfig><type>session</type><listen>%s</listen><auth>EXTERNAL</auth>
-<policy context="default"><allow send_destination="*"/><allow own="*"/></policy></busconfig>`, address)
+<policy context="default"><allow send_destination="*" eavesdrop="true"/><allow eavesdrop="true"/><allow own="*"/></policy></busconfig>`, address)
 	l.start(name+"-bus", nil, "dbus-daemon", "--nofork", "--nopidfile", "--nosyslog", "--config-file="+conf)
 	l.until("the message bus is there", func() error {
 		_, err := os.Stat(l.path(name + ".bus"))
@@ -116,7 +117,7 @@ func (l *lab) bus(name string) string {
 func (l *lab) castrad() {
 	l.Helper()
 	l.hostBus = l.bus("host")
-	l.port = freePort(l.T)
+	l.port = freePort(l.TB)
 	conf := l.write("castrad.toml", `[broker]
 listen = ["127.0.0.1:%d"]
 vms_dir = %q
@@ -124,7 +125,7 @@ vms_dir = %q
 state_dir = %q
 log_dir = %q
 `, l.port, l.path("vms.d"), l.path("state"), l.path("log"))
-	l.start("castrad", []string{"DBUS_SYSTEM_BUS_ADDRESS=" + l.hostBus}, bin(l.T, "castrad"), "--config", conf)
+	l.start("castrad", []string{"DBUS_SYSTEM_BUS_ADDRESS=" + l.hostBus}, bin(l.TB, "castrad"), "--config", conf)
 	l.until("castrad answers", func() error {
 		_, err := l.tryCastractl("status")
 		return err
@@ -147,7 +148,7 @@ func (l *lab) tryCastractl(args ...string) (string, error) {
 	ctx, cancel := context.WithTimeout(l.Context(), 10*time.Minute)
 	defer cancel()
 	var stdout, stderr bytes.Buffer
-	cmd := exec.CommandContext(ctx, bin(l.T, "castractl"), args...)
+	cmd := exec.CommandContext(ctx, bin(l.TB, "castractl"), args...)
 	cmd.Dir, cmd.Stdout, cmd.Stderr = l.dir, &stdout, &stderr
 	cmd.Env = append(os.Environ(), "DBUS_SYSTEM_BUS_ADDRESS="+l.hostBus)
 	if err := cmd.Run(); err != nil {
@@ -185,7 +186,7 @@ func (l *lab) untilFile(name, text string) {
 }
 
 // bin is the path of a built command.
-func bin(t *testing.T, name string) string {
+func bin(t testing.TB, name string) string {
 	t.Helper()
 	path, err := filepath.Abs(filepath.Join("../bin", name))
 	if err == nil {
@@ -198,7 +199,7 @@ func bin(t *testing.T, name string) string {
 }
 
 // freePort gives a port of 127.0.0.1 that was free a moment ago.
-func freePort(t *testing.T) int {
+func freePort(t testing.TB) int {
 	t.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

@@ -49,7 +49,7 @@ var rules = map[string]rule{
 	"wire":     {layer: 0},
 
 	// Below layer 2 nothing logs: errors and hooks tell those above.
-	"identity": {layer: 1},
+	"identity": {layer: 1, uses: []string{toml}}, // definitions of VMs are files
 	"presence": {layer: 1},
 	"session":  {layer: 1},
 

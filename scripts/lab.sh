@@ -102,7 +102,7 @@ private_bus() {
   <type>session</type>
   <listen>$(bus_address "$1")</listen>
   <auth>EXTERNAL</auth>
-  <policy context="default"><allow send_destination="*"/><allow own="*"/></policy>
+  <policy context="default"><allow send_destination="*" eavesdrop="true"/><allow eavesdrop="true"/><allow own="*"/></policy>
 </busconfig>
 END
   start "$1-bus" dbus-daemon --nofork --nopidfile --nosyslog --config-file="$LAB/$1-bus.conf"

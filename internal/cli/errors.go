@@ -82,8 +82,6 @@ func explainRefusal(refusal *bus.Error, err error) (int, string) {
 		return ExitUnreachable, text
 	case bus.CodeBadTopic, bus.CodeInvalidName, bus.CodeInvalidArg:
 		return ExitUsage, text
-	case bus.CodeAccessDenied:
-		return ExitFailed, text + "; run it with sudo, or join the group castra"
 	case bus.CodeRateLimited, bus.CodeStorageFull, bus.CodeStorageStalled:
 		if refusal.RetryAfter > 0 {
 			text += fmt.Sprintf("; try again in %v", refusal.RetryAfter)

@@ -19,6 +19,9 @@ import (
 // start castrad.
 const callTimeout = 25 * time.Second
 
+// dialogTimeout is added where polkit may ask a person for a password.
+const dialogTimeout = 2 * time.Minute
+
 // Client is what castractl needs of a bus; *dbusclient.Client is the real one.
 // Refusals come back as *bus.Error, the lack of a daemon or of a message bus as
 // dbusclient.ErrNotRunning and ErrNoBus, complete sentences both.
@@ -72,18 +75,17 @@ func NewFactory(version string) *Factory {
 	if info, ok := debug.ReadBuildInfo(); ok && version == "" {
 		version = info.Main.Version
 	}
-	return &Factory{
+	f := &Factory{
 		IO:      ProcessStreams(),
 		Version: version,
-		Dial:    dialBus,
 		Now:     time.Now,
 		Proc:    os.DirFS("/proc"),
 		Exec:    syscall.Exec,
 	}
-}
-
-func dialBus(ctx context.Context, start Start) (Client, error) {
-	return dbusclient.Dial(ctx, dbusclient.Options{Start: bool(start), Daemon: daemonHere()})
+	f.Dial = func(ctx context.Context, start Start) (Client, error) {
+		return dbusclient.Dial(ctx, dbusclient.Options{Start: bool(start), Interactive: f.IO.Interactive, Daemon: daemonHere()})
+	}
+	return f
 }
 
 // daemonHere names the daemon of this machine, for errors that say what to start:
@@ -128,6 +130,19 @@ func (f *Factory) Close() {
 		c.Close()
 	}
 	f.clients = nil
+}
+
+// call bounds ctx for one call that needs rights. Calls that need none, and do
+// not wait, get callTimeout alone.
+func (f *Factory) call(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(ctx, f.answerTime())
+}
+
+func (f *Factory) answerTime() time.Duration {
+	if f.IO.Interactive {
+		return callTimeout + dialogTimeout
+	}
+	return callTimeout
 }
 
 // status asks for the state of the named VMs, of all when there are none.

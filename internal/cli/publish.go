@@ -72,6 +72,7 @@ guest it may be kept by castra-guestd until the host has it.
 	flags.StringVar(&o.payload, "payload", "", "`JSON` to publish, or @FILE, or -")
 	flags.Var(&o.waitAck, "wait-ack", "wait so long until a subscribed guest has acknowledged it")
 	flags.Lookup("wait-ack").DefValue = "" // not 0s: without the flag nothing is waited for
+	_ = cmd.RegisterFlagCompletionFunc("vm", f.completeVM)
 	flags.BoolVar(&o.printSeq, "print-seq", false, "print the record's number alone; 0: the host has not numbered it yet")
 	return cmd
 }
@@ -106,6 +107,9 @@ func (o *publishOptions) request(cmd *cobra.Command, source string) (bus.Publish
 		what := strings.TrimPrefix(err.Error(), wire.ErrProtocol.Error()+": ")
 		return req, usageError(cmd, `the payload is not JSON: %s (text needs its own quotes: '"text"')`, what)
 	}
+	if len(req.Payload) > wire.MaxPayload {
+		return req, bus.Errorf(bus.CodeTooLarge, "the payload takes %d bytes, of at most %d: store it elsewhere and publish where", len(req.Payload), wire.MaxPayload)
+	}
 	return req, nil
 }
 
@@ -136,7 +140,7 @@ func readPayload(stdin io.Reader, source string) ([]byte, error) {
 		return nil, fmt.Errorf("reading the payload: %w", err)
 	}
 	if len(raw) > maxInput {
-		return nil, fmt.Errorf("the payload is over %d MiB; at most %d bytes can be published: store it elsewhere and publish where", maxInput>>20, wire.MaxPayload)
+		return nil, fmt.Errorf("the payload is over %d MiB, and may take %d bytes: store it elsewhere and publish where", maxInput>>20, wire.MaxPayload)
 	}
 	return raw, nil
 }
@@ -151,7 +155,7 @@ func (f *Factory) runPublish(ctx context.Context, o *publishOptions, req bus.Pub
 			return err
 		}
 	}
-	call, cancel := context.WithTimeout(ctx, callTimeout)
+	call, cancel := f.call(ctx)
 	defer cancel()
 	seq, err := client.Publish(call, req)
 	if err != nil {
@@ -198,7 +202,7 @@ func (f *Factory) mustKnow(ctx context.Context, name string) error {
 func (f *Factory) waitAck(ctx context.Context, client Client, seq uint64, timeout time.Duration) error {
 	// The bus keeps the deadline; the call gets some more, so that its answer is
 	// what ends the wait.
-	call, cancel := context.WithTimeout(ctx, min(timeout, forever-callTimeout)+callTimeout)
+	call, cancel := context.WithTimeout(ctx, min(timeout, forever-f.answerTime())+f.answerTime())
 	defer cancel()
 	vm, err := client.WaitAck(call, seq, timeout)
 	if refusal, ok := errors.AsType[*bus.Error](err); ok && refusal.Code == bus.CodeNoAck {

@@ -10,6 +10,7 @@ import (
 
 	"github.com/castrabus/castra/internal/bus"
 	"github.com/castrabus/castra/internal/dbusclient"
+	"github.com/castrabus/castra/internal/wire"
 )
 
 func TestPublish(t *testing.T) {
@@ -139,5 +140,6 @@ func TestPublishTooMuchInput(t *testing.T) {
 		f.IO.In = strings.NewReader(strings.Repeat(" ", maxInput+1))
 	})
 	r.want(t, ExitFailed, "", "over 16 MiB")
+	run(t, &fakeClient{}, []string{"bus", "publish", `"` + strings.Repeat("x", wire.MaxPayload) + `"`}).want(t, ExitFailed, "", "too-large: the payload takes 61442 bytes")
 	run(t, &fakeClient{}, []string{"bus", "publish", "@/nonexistent/file"}).want(t, ExitFailed, "", "no such file")
 }

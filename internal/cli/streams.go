@@ -15,6 +15,8 @@ type Streams struct {
 	Out io.Writer
 	Err io.Writer
 
+	Interactive bool // In is a terminal: somebody can be asked for a password
+
 	Terminal bool // Out is a terminal: pager, colour and remarks make sense
 	Colour   bool
 	Width    int // columns that a line may take; 0: as many as it needs
@@ -24,10 +26,7 @@ type Streams struct {
 // ProcessStreams are the process's own.
 func ProcessStreams() Streams {
 	s := Streams{In: os.Stdin, Out: os.Stdout, Err: os.Stderr}
-	// Not a window size, which a serial line may lack, but terminal attributes:
-	// only a terminal has those.
-	_, err := unix.IoctlGetTermios(int(os.Stdout.Fd()), unix.TCGETS)
-	s.Terminal = err == nil
+	s.Interactive, s.Terminal = isTerminal(os.Stdin), isTerminal(os.Stdout)
 	if s.Terminal {
 		s.Width, s.Height = 80, 24
 		if ws, err := unix.IoctlGetWinsize(int(os.Stdout.Fd()), unix.TIOCGWINSZ); err == nil && ws.Col > 0 {
@@ -40,6 +39,13 @@ func ProcessStreams() Streams {
 		s.Width = n
 	}
 	return s
+}
+
+// isTerminal asks not for a window size, which a serial line may lack, but for
+// terminal attributes, which nothing else has.
+func isTerminal(file *os.File) bool {
+	_, err := unix.IoctlGetTermios(int(file.Fd()), unix.TCGETS)
+	return err == nil
 }
 
 // style is an SGR sequence's parameters; none leaves the text as it is.

@@ -159,7 +159,7 @@ func TestTailOutlivesRestart(t *testing.T) {
 func TestTailWithoutCastrad(t *testing.T) {
 	var asked []bus.TailRequest
 	run(t, streams(&asked, dbusclient.ErrNotRunning), []string{"bus", "tail"}).want(t, ExitNoCastrad, "", "daemon not running")
-	run(t, streams(&asked, bus.Errorf(bus.CodeAccessDenied, "no")), []string{"bus", "tail"}).want(t, ExitFailed, "", "join the group castra")
+	run(t, streams(&asked, bus.Errorf(bus.CodeAccessDenied, "not you")), []string{"bus", "tail"}).want(t, ExitFailed, "", "access-denied: not you")
 }
 
 type brokenPipe struct{}

@@ -150,7 +150,7 @@ func (t *tailer) stream(ctx context.Context) (open bool, err error) {
 	// The context is the stream's as well, so the call's deadline is a timer's.
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	deadline := time.AfterFunc(callTimeout, func() { cancel(context.DeadlineExceeded) })
+	deadline := time.AfterFunc(t.f.answerTime(), func() { cancel(context.DeadlineExceeded) })
 	records, err := client.Tail(ctx, t.req)
 	if !deadline.Stop() {
 		err = context.DeadlineExceeded

@@ -32,7 +32,7 @@ func newVMRemoveCmd(f *Factory) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			ctx, cancel := context.WithTimeout(cmd.Context(), callTimeout)
+			ctx, cancel := f.call(cmd.Context())
 			defer cancel()
 			if err := client.RemoveVM(ctx, args[0]); err != nil {
 				return fmt.Errorf("removing %s: %w", args[0], err)

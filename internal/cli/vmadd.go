@@ -92,7 +92,7 @@ func (f *Factory) addVM(ctx context.Context, o *addOptions, name string) (handov
 		}
 		defer file.discard()
 	}
-	call, cancel := context.WithTimeout(ctx, callTimeout)
+	call, cancel := f.call(ctx)
 	defer cancel()
 	created, key, err := client.AddVM(call, bus.AddVMRequest{
 		Name: name, NoKey: o.noKey, IfMissing: o.ifMissing, Forwards: o.forwards,
@@ -121,7 +121,7 @@ func (f *Factory) addVM(ctx context.Context, o *addOptions, name string) (handov
 
 // undoAdd takes back a registration whose key nobody has.
 func (f *Factory) undoAdd(ctx context.Context, client Client, name string, cause error) error {
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	ctx, cancel := f.call(ctx)
 	defer cancel()
 	if err := client.RemoveVM(ctx, name); err != nil {
 		return fmt.Errorf("%s is registered, but its key is lost: %w; and it could not be removed again: %w; castractl vm remove %s", name, cause, err, name)

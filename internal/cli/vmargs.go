@@ -149,7 +149,7 @@ func (f *Factory) rekeyVM(ctx context.Context, name, keyOut string) (handover, e
 		return handover{}, err
 	}
 	defer file.discard()
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	ctx, cancel := f.call(ctx)
 	defer cancel()
 	key, err := client.RekeyVM(ctx, name)
 	if err != nil {

@@ -2,6 +2,7 @@ package cli
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 	"time"
@@ -9,6 +10,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/castrabus/castra/internal/bus"
+	"github.com/castrabus/castra/internal/dbusclient"
 )
 
 // reread is the safety net of a wait: signals are what wakes it, and should one
@@ -124,8 +126,8 @@ func (f *Factory) waitUntil(ctx context.Context, o *waitOptions, names []string,
 		if err != nil && (start == MayStart || over || !goneAway(err)) {
 			return err
 		}
-		if err != nil {
-			f.Close() // a message bus that went away is to be dialled again
+		if errors.Is(err, dbusclient.ErrNoBus) {
+			f.Close() // dial again; the signals are lost with it, and looking again is what is left
 		}
 		// It has answered. Should it go away from here on, whoever stopped it meant it.
 		start = NoStart

@@ -1,7 +1,5 @@
 package config
 
-import "fmt"
-
 // GuestPath is where castra-guestd looks for its configuration.
 const GuestPath = "/etc/castra/guestd.toml"
 
@@ -14,27 +12,45 @@ type Guest struct {
 
 // GuestBroker says where the host is.
 type GuestBroker struct {
-	Address string `toml:"address"` // the system credential castra.broker wins
+	// Address is the host's TCP address, HOST:PORT. The system credential
+	// castra.broker wins. Default: 10.0.2.2:7070, the host's loopback as QEMU's
+	// user-mode network shows it.
+	Address string `toml:"address"`
 }
 
 // Identity says who the guest is.
 type Identity struct {
-	VM      string `toml:"vm"`       // the system credential castra.vm wins; else this; else the host name
-	KeyFile string `toml:"key_file"` // the system credential castra.key wins
+	// VM is the guest's name on the bus. The system credential castra.vm wins;
+	// empty, the default: the host name.
+	VM string `toml:"vm"`
+	// KeyFile is the file with the VM's key. The system credential castra.key
+	// wins; empty, the default: the guest has no key.
+	KeyFile string `toml:"key_file"`
 }
 
-// GuestBus says what the guest's daemon does for its programs.
+// GuestBus says what castra-guestd does for the guest's programs.
 type GuestBus struct {
-	Subscribe []string `toml:"subscribe"`  // topics always listened to; vm:self is the VM's own
-	Socket    string   `toml:"socket"`     // for programs without D-Bus
-	SpoolDir  string   `toml:"spool_dir"`  // what the host has not acknowledged yet
-	SpoolSize Size     `toml:"spool_size"` // bytes of it; beyond it publishers are refused
+	// Subscribe has the topics that are always listened to; vm:self is the VM's
+	// own. Default: none.
+	Subscribe []string `toml:"subscribe"`
+	// Socket is the path of the Unix socket for programs without D-Bus; empty:
+	// none is made. Default: /run/castra-guestd/bus.sock.
+	Socket string `toml:"socket"`
+	// SpoolDir is the directory of what the host has not acknowledged yet; empty:
+	// memory. Default: /var/lib/castra-guestd.
+	SpoolDir string `toml:"spool_dir"`
+	// SpoolSize is how many bytes that may take; beyond it publishers are
+	// refused. At least 128 KiB; default 16 MiB.
+	SpoolSize Size `toml:"spool_size"`
 }
+
+// leastSpool holds two of the largest messages: one on its way, one waiting.
+const leastSpool Size = 128 << 10
 
 // DefaultGuest is what holds where the configuration says nothing.
 func DefaultGuest() Guest {
 	return Guest{
-		Broker: GuestBroker{Address: "10.0.2.2:7070"}, // QEMU's user-mode network: the host's loopback
+		Broker: GuestBroker{Address: "10.0.2.2:7070"},
 		Bus: GuestBus{
 			Subscribe: []string{}, Socket: "/run/castra-guestd/bus.sock",
 			SpoolDir: "/var/lib/castra-guestd", SpoolSize: 16 << 20,
@@ -42,31 +58,23 @@ func DefaultGuest() Guest {
 	}
 }
 
-// LoadGuest reads castra-guestd's configuration from path. The file may be
-// missing only where path is the default one. checkTopic checks a pattern of
-// subscribe.
+// LoadGuest reads castra-guestd's configuration from path and its drop-ins. The
+// file may be missing only where path is GuestPath. checkTopic judges a pattern
+// of subscribe. Mistakes in the files are an [Error] each, joined.
 func LoadGuest(path string, checkTopic func(string) error) (Guest, error) {
 	cfg := DefaultGuest()
-	if _, err := load(path, path == GuestPath, &cfg); err != nil {
+	from, err := load(path, path == GuestPath, &cfg)
+	if err != nil {
 		return Guest{}, err
 	}
-	if err := cfg.check(checkTopic); err != nil {
-		return Guest{}, fmt.Errorf("%s and its drop-ins: %w", path, err)
+	c := checker{path: path, from: from}
+	if host := c.address("broker.address", cfg.Broker.Address, 1); host == "" && len(c.errs) == 0 {
+		c.refuse("broker.address", `is %q; it must name the host, like "10.0.2.2:7070"`, cfg.Broker.Address)
+	}
+	c.topics("bus.subscribe", cfg.Bus.Subscribe, checkTopic)
+	c.sizeAtLeast("bus.spool_size", cfg.Bus.SpoolSize, leastSpool)
+	if err := c.err(); err != nil {
+		return Guest{}, err
 	}
 	return cfg, nil
-}
-
-func (c *Guest) check(checkTopic func(string) error) error {
-	if err := checkAddress(c.Broker.Address); err != nil {
-		return fmt.Errorf("broker.address: %w", err)
-	}
-	for _, topic := range c.Bus.Subscribe {
-		if err := checkTopic(topic); err != nil {
-			return fmt.Errorf("bus.subscribe: %w", err)
-		}
-	}
-	if c.Bus.SpoolSize < 128<<10 {
-		return fmt.Errorf("bus.spool_size is too small: %d bytes, two of the largest messages take 128KiB", c.Bus.SpoolSize)
-	}
-	return nil
 }

@@ -3,7 +3,7 @@ package config
 import (
 	"fmt"
 	"net"
-	"strconv"
+	"path/filepath"
 	"time"
 )
 
@@ -19,36 +19,80 @@ type Host struct {
 
 // HostBroker says whom castrad serves and for how long it waits.
 type HostBroker struct {
-	Listen           []string `toml:"listen"`            // addresses, used only where systemd passed no socket
-	UnknownVMs       string   `toml:"unknown_vms"`       // "reject" or "accept"
-	GuestTopics      []string `toml:"guest_topics"`      // patterns on which guests hear guests
-	VMsDir           string   `toml:"vms_dir"`           // VM definitions kept as files
-	HandshakeTimeout Duration `toml:"handshake_timeout"` // for the whole handshake
-	SessionTimeout   Duration `toml:"session_timeout"`   // no frame for so long: the session ends
-	ReachableWithin  Duration `toml:"reachable_within"`  // a VM is reachable for so long after a frame
+	// Listen has the TCP addresses, HOST:PORT, where guests connect. Used only
+	// where systemd passed no socket. Default: 127.0.0.1:7070.
+	Listen []string `toml:"listen"`
+	// UnknownVMs is what becomes of names that nobody registered: "reject", the
+	// default, or "accept".
+	UnknownVMs string `toml:"unknown_vms"`
+	// GuestTopics has the patterns of topics on which guests hear guests.
+	// Default: none.
+	GuestTopics []string `toml:"guest_topics"`
+	// VMsDir is the directory of VM definitions kept as files; empty: none are
+	// kept so. Default: /etc/castra/vms.d.
+	VMsDir string `toml:"vms_dir"`
+	// HandshakeTimeout bounds a whole handshake. Above 0; default 5 s.
+	HandshakeTimeout Duration `toml:"handshake_timeout"`
+	// SessionTimeout ends a session from which no frame came for so long. Above
+	// 0; default 60 s.
+	SessionTimeout Duration `toml:"session_timeout"`
+	// ReachableWithin is how long after a frame a VM counts as reachable. Above
+	// 0; default 45 s.
+	ReachableWithin Duration `toml:"reachable_within"`
 }
 
 // Store says where the bus keeps what, and how much.
 type Store struct {
-	StateDir          string   `toml:"state_dir"`
-	LogDir            string   `toml:"log_dir"`
-	Sync              Sync     `toml:"sync"`                // when a record is synced
-	SegmentSize       Size     `toml:"segment_size"`        // of the host stream's files
-	HostRetentionSize Size     `toml:"host_retention_size"` // bytes of host stream kept
-	VMRetentionSize   Size     `toml:"vm_retention_size"`   // bytes kept of each VM's stream
-	RetentionAge      Duration `toml:"retention_age"`       // of every stream; "0s": for ever
+	// StateDir is the directory of registrations, cursors and handshake records.
+	// Default: /var/lib/castra.
+	StateDir string `toml:"state_dir"`
+	// LogDir is the directory of the host's and the VMs' streams. Default:
+	// /var/log/castra.
+	LogDir string `toml:"log_dir"`
+	// Sync is when records are synced to disk. Default: SyncAlways.
+	Sync Sync `toml:"sync"`
+	// SegmentSize is the size in bytes of the host stream's files. At least 64
+	// KiB; default 64 MiB.
+	SegmentSize Size `toml:"segment_size"`
+	// HostRetentionSize is how many bytes of the host stream are kept. At least
+	// 64 KiB; default 4 GiB. Whole segments go, the newest never.
+	HostRetentionSize Size `toml:"host_retention_size"`
+	// VMRetentionSize is how many bytes are kept of each VM's stream, whose
+	// segments are an eighth of it. At least 64 KiB; default 64 MiB.
+	VMRetentionSize Size `toml:"vm_retention_size"`
+	// RetentionAge is how long records are kept in either stream; 0: for ever.
+	// Default: 720 h.
+	RetentionAge Duration `toml:"retention_age"`
 }
 
-// Limits bound what guests may use.
+// Limits bound what guests may use. Each is at least 1.
 type Limits struct {
-	MaxSessions      int   `toml:"max_sessions"`
-	MaxHandshakes    int   `toml:"max_handshakes"`    // unfinished at once; beyond it the oldest is closed
-	MaxVMs           int   `toml:"max_vms"`           // names, where unknown ones are accepted
-	MaxSubscriptions int   `toml:"max_subscriptions"` // a session
-	PublishRate      int64 `toml:"publish_rate"`      // records a second and guest, sustained
-	PublishBurst     int64 `toml:"publish_burst"`     // records that may come at once
-	PublishBytes     Size  `toml:"publish_bytes"`     // bytes a second and guest; unset: see publishBytes
+	// MaxSessions is how many guests may be connected. Default: 20000.
+	MaxSessions int `toml:"max_sessions"`
+	// MaxHandshakes is how many handshakes may be unfinished; beyond it the
+	// oldest is closed. Default: 4096.
+	MaxHandshakes int `toml:"max_handshakes"`
+	// MaxVMs is how many names are remembered where unknown ones are accepted.
+	// Default: 20000.
+	MaxVMs int `toml:"max_vms"`
+	// MaxSubscriptions is how many subscriptions one session may have. Default:
+	// 16.
+	MaxSubscriptions int `toml:"max_subscriptions"`
+	// PublishRate is how many records a second one guest may publish for as long
+	// as it likes. Default: 1000.
+	PublishRate int64 `toml:"publish_rate"`
+	// PublishBurst is how many records of one guest may come at once. Default:
+	// 2000.
+	PublishBurst int64 `toml:"publish_burst"`
+	// PublishBytes is how many bytes a second one guest may publish. At least 64
+	// KiB, for the largest frame must pass. Default: 4 KiB times PublishRate, but
+	// no less than 4 MiB.
+	PublishBytes Size `toml:"publish_bytes"`
 }
+
+// leastSize is the least that a segment may be told to take (contract 4), and
+// what the largest frame takes (contract 2).
+const leastSize Size = 64 << 10
 
 // DefaultHost is what holds where the configuration says nothing.
 func DefaultHost() Host {
@@ -68,83 +112,96 @@ func DefaultHost() Host {
 	}
 }
 
-// LoadHost reads castrad's configuration from path. The file may be missing
-// only where path is the default one. checkTopic checks a pattern of
-// guest_topics.
+// LoadHost reads castrad's configuration from path and its drop-ins. The file may
+// be missing only where path is HostPath. checkTopic judges a pattern of
+// guest_topics. Mistakes in the files are an [Error] each, joined.
 func LoadHost(path string, checkTopic func(string) error) (Host, error) {
 	cfg := DefaultHost()
-	set, err := load(path, path == HostPath, &cfg)
+	from, err := load(path, path == HostPath, &cfg)
 	if err != nil {
 		return Host{}, err
 	}
-	if !set["limits.publish_bytes"] {
+	if _, set := from["limits.publish_bytes"]; !set {
 		cfg.Limits.PublishBytes = publishBytes(cfg.Limits.PublishRate)
 	}
-	if err := cfg.check(checkTopic); err != nil {
-		return Host{}, fmt.Errorf("%s and its drop-ins: %w", path, err)
+	c := checker{path: path, from: from}
+	cfg.Broker.check(&c, checkTopic)
+	cfg.Store.check(&c)
+	cfg.Limits.check(&c)
+	if err := c.err(); err != nil {
+		return Host{}, err
 	}
 	return cfg, nil
 }
 
-// publishBytes is the default of publish_bytes: 4 KiB a record of publish_rate,
-// and never below 4 MiB, so that raising the rate alone is not undone by it.
+// publishBytes is the default of publish_bytes, which grows with the rate so that
+// raising the rate alone is not undone by it.
 func publishBytes(rate int64) Size {
-	const most = 1 << 50
-	return Size(max(4<<20, min(rate, most>>12)<<12))
+	const (
+		each  = 4 << 10
+		least = 4 << 20
+		most  = 1 << 50 // far from overflow, and no limit any more
+	)
+	return Size(max(least, min(rate, most/each)*each))
 }
 
-func (c *Host) check(checkTopic func(string) error) error {
-	for _, addr := range c.Broker.Listen {
-		if err := checkAddress(addr); err != nil {
-			return fmt.Errorf("broker.listen: %w", err)
+func (b *HostBroker) check(c *checker, checkTopic func(string) error) {
+	for _, addr := range b.Listen {
+		c.address("broker.listen", addr, 0)
+	}
+	if b.UnknownVMs != "reject" && b.UnknownVMs != "accept" {
+		c.refuse("broker.unknown_vms", `is %q; it must be "reject" or "accept"`, b.UnknownVMs)
+	}
+	c.topics("broker.guest_topics", b.GuestTopics, checkTopic)
+	c.positive("broker.handshake_timeout", b.HandshakeTimeout)
+	c.positive("broker.session_timeout", b.SessionTimeout)
+	c.positive("broker.reachable_within", b.ReachableWithin)
+}
+
+func (s *Store) check(c *checker) {
+	c.notEmpty("store.state_dir", s.StateDir, "a directory")
+	c.notEmpty("store.log_dir", s.LogDir, "a directory")
+	c.sizeAtLeast("store.segment_size", s.SegmentSize, leastSize)
+	c.sizeAtLeast("store.host_retention_size", s.HostRetentionSize, leastSize)
+	c.sizeAtLeast("store.vm_retention_size", s.VMRetentionSize, leastSize)
+}
+
+func (l *Limits) check(c *checker) {
+	c.atLeast("limits.max_sessions", int64(l.MaxSessions), 1)
+	c.atLeast("limits.max_handshakes", int64(l.MaxHandshakes), 1)
+	c.atLeast("limits.max_vms", int64(l.MaxVMs), 1)
+	c.atLeast("limits.max_subscriptions", int64(l.MaxSubscriptions), 1)
+	c.atLeast("limits.publish_rate", l.PublishRate, 1)
+	c.atLeast("limits.publish_burst", l.PublishBurst, 1)
+	c.sizeAtLeast("limits.publish_bytes", l.PublishBytes, leastSize)
+}
+
+// Warnings lists settings that are allowed and hardly meant, a sentence each.
+func (h *Host) Warnings() []string {
+	var all []string
+	warn := func(format string, args ...any) { all = append(all, fmt.Sprintf(format, args...)) }
+	for _, addr := range h.Broker.Listen {
+		if host, _, err := net.SplitHostPort(addr); err == nil && !loopback(host) {
+			warn("broker.listen: %s can be reached from the network, where a VM without a key is whoever says its name", addr)
 		}
 	}
-	if u := c.Broker.UnknownVMs; u != "reject" && u != "accept" {
-		return fmt.Errorf("broker.unknown_vms is %q; it is \"reject\" or \"accept\"", u)
+	if b := h.Broker; b.ReachableWithin > b.SessionTimeout {
+		warn("broker.reachable_within is longer than broker.session_timeout (%v), at which a silent VM becomes unreachable anyway", b.SessionTimeout.Std())
 	}
-	for _, topic := range c.Broker.GuestTopics {
-		if err := checkTopic(topic); err != nil {
-			return fmt.Errorf("broker.guest_topics: %w", err)
-		}
+	if s := h.Store; s.HostRetentionSize < s.SegmentSize {
+		warn("store.host_retention_size is less than store.segment_size (%v), and the newest segment is always kept", s.SegmentSize)
 	}
-	const atLeast = 64 << 10
-	for _, r := range []struct {
-		key        string
-		value, low int64
-	}{
-		{"broker.handshake_timeout", int64(c.Broker.HandshakeTimeout), 1},
-		{"broker.session_timeout", int64(c.Broker.SessionTimeout), 1},
-		{"broker.reachable_within", int64(c.Broker.ReachableWithin), 1},
-		{"store.segment_size", int64(c.Store.SegmentSize), atLeast},
-		{"store.host_retention_size", int64(c.Store.HostRetentionSize), atLeast},
-		{"store.vm_retention_size", int64(c.Store.VMRetentionSize), atLeast},
-		{"limits.max_sessions", int64(c.Limits.MaxSessions), 1},
-		{"limits.max_handshakes", int64(c.Limits.MaxHandshakes), 1},
-		{"limits.max_vms", int64(c.Limits.MaxVMs), 1},
-		{"limits.max_subscriptions", int64(c.Limits.MaxSubscriptions), 1},
-		{"limits.publish_rate", c.Limits.PublishRate, 1},
-		{"limits.publish_burst", c.Limits.PublishBurst, 1},
-		{"limits.publish_bytes", int64(c.Limits.PublishBytes), atLeast},
+	for _, d := range []struct{ key, dir string }{
+		{"broker.vms_dir", h.Broker.VMsDir}, {"store.state_dir", h.Store.StateDir}, {"store.log_dir", h.Store.LogDir},
 	} {
-		if r.value < r.low {
-			return fmt.Errorf("%s is too small: %d, at least %d is needed", r.key, r.value, r.low)
+		if d.dir != "" && !filepath.IsAbs(d.dir) {
+			warn("%s: %s is relative to the directory in which castrad is started", d.key, d.dir)
 		}
 	}
-	for key, dir := range map[string]string{"store.state_dir": c.Store.StateDir, "store.log_dir": c.Store.LogDir} {
-		if dir == "" {
-			return fmt.Errorf("%s is empty; name a directory", key)
-		}
-	}
-	return nil
+	return all
 }
 
-func checkAddress(addr string) error {
-	_, port, err := net.SplitHostPort(addr)
-	if err != nil {
-		return fmt.Errorf("%q is no address; write it as 127.0.0.1:7070", addr)
-	}
-	if _, err := strconv.ParseUint(port, 10, 16); err != nil {
-		return fmt.Errorf("%q has no port between 0 and 65535", addr)
-	}
-	return nil
+func loopback(host string) bool {
+	ip := net.ParseIP(host)
+	return host == "localhost" || ip != nil && ip.IsLoopback()
 }

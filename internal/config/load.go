@@ -1,96 +1,123 @@
 // Package config reads the daemons' configuration: a TOML file and drop-ins
 // beside it, FILE.d/*.toml, which override it key by key in the order of their
-// names.
+// names. A list in a later file replaces an earlier one.
 package config
 
 import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
-
-	"github.com/BurntSushi/toml"
 )
 
-// load decodes path and its drop-ins into cfg, which holds the defaults. A
-// missing file is an error unless optional. It gives the keys that were set.
-func load(path string, optional bool, cfg any) (set map[string]bool, err error) {
-	set = make(map[string]bool)
-	files := []string{path}
-	dropins, err := filepath.Glob(filepath.Join(globEscape(path)+".d", "*.toml"))
+// load decodes path and its drop-ins into cfg, which holds the defaults, and says
+// where each key was set. A missing file is an error unless optional; its
+// drop-ins count all the same.
+func load(path string, optional bool, cfg any) (origins, error) {
+	dropins, err := dropIns(path + ".d")
 	if err != nil {
-		return nil, fmt.Errorf("looking for drop-ins of %s: %w", path, err)
+		return nil, err
 	}
-	for i, file := range append(files, dropins...) { // Glob sorts
-		data, err := os.ReadFile(file)
+	from := make(origins)
+	var errs []error
+	for i, file := range append([]string{path}, dropins...) {
+		text, err := os.ReadFile(file)
 		if i == 0 && optional && errors.Is(err, fs.ErrNotExist) {
 			continue
 		}
 		if err != nil {
 			return nil, fmt.Errorf("reading the configuration: %w", err)
 		}
-		if err := decode(file, string(data), cfg, set); err != nil {
-			return nil, err
-		}
+		errs = append(errs, decode(file, string(text), cfg, from))
 	}
-	return set, nil
+	return from, errors.Join(errs...)
 }
 
-func globEscape(path string) string {
-	return strings.NewReplacer(`\`, `\\`, `*`, `\*`, `?`, `\?`, `[`, `\[`).Replace(path)
+// dropIns lists a directory's *.toml in the order of their names. What begins
+// with a dot is an editor's or a package manager's.
+func dropIns(dir string) ([]string, error) {
+	entries, err := os.ReadDir(dir) // sorted
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("looking for drop-ins of the configuration: %w", err)
+	}
+	var files []string
+	for _, e := range entries {
+		if name := e.Name(); strings.HasSuffix(name, ".toml") && !strings.HasPrefix(name, ".") {
+			files = append(files, filepath.Join(dir, name))
+		}
+	}
+	return files, nil
 }
 
-func decode(file, text string, cfg any, set map[string]bool) error {
-	meta, err := toml.Decode(text, cfg)
-	if err != nil {
-		var perr toml.ParseError
-		if errors.As(err, &perr) {
-			return fmt.Errorf("%s, line %d: %s", file, perr.Position.Line, perr.Message+inner(perr))
-		}
-		return fmt.Errorf("%s: %w", file, err)
-	}
-	if unknown := meta.Undecoded(); len(unknown) > 0 {
-		key := unknown[0].String()
-		return fmt.Errorf("%s, line %d: unknown key %s; castrad.toml(5) and castra-guestd.toml(5) list those there are", file, lineOf(text, unknown[0]), key)
-	}
-	for _, key := range meta.Keys() {
-		set[key.String()] = true
-	}
-	return nil
+// checker collects values that no file may set.
+type checker struct {
+	path string
+	from origins
+	errs []*Error
 }
 
-// inner adds the reason where a parse error only names the key.
-func inner(perr toml.ParseError) string {
-	if cause := errors.Unwrap(perr); cause != nil && !strings.Contains(perr.Message, cause.Error()) {
-		return ": " + cause.Error()
+// refuse says what is wrong with the value of key, at the line that set it.
+func (c *checker) refuse(key, format string, args ...any) {
+	o, ok := c.from[key]
+	if !ok {
+		o.file = c.path
 	}
-	return ""
+	c.errs = append(c.errs, &Error{File: o.file, Line: o.line, Key: key, Reason: fmt.Sprintf(format, args...)})
 }
 
-// lineOf finds the line that a key stands in, for an error message: the parser
-// does not keep it.
-func lineOf(text string, key toml.Key) int {
-	table := ""
-	for i, line := range strings.Split(text, "\n") {
-		line = strings.TrimSpace(line)
-		if strings.HasPrefix(line, "[") {
-			table = strings.Trim(line, "[] \t")
-			if table == key.String() {
-				return i + 1
-			}
-			continue
-		}
-		name, _, ok := strings.Cut(line, "=")
-		name = strings.Trim(strings.TrimSpace(name), `"'`)
-		full := name
-		if table != "" {
-			full = table + "." + name
-		}
-		if ok && full == key.String() {
-			return i + 1
+func (c *checker) err() error {
+	if len(c.errs) == 0 {
+		return nil
+	}
+	all := make([]error, len(c.errs))
+	for i, e := range c.errs {
+		all[i] = e
+	}
+	return errors.Join(all...)
+}
+
+func (c *checker) atLeast(key string, value, least int64) {
+	if value < least {
+		c.refuse(key, "is %d; it must be at least %d", value, least)
+	}
+}
+
+func (c *checker) positive(key string, d Duration) {
+	if d <= 0 {
+		c.refuse(key, `is "0s"; it must be a duration above 0, like "5s"`)
+	}
+}
+
+func (c *checker) sizeAtLeast(key string, value, least Size) {
+	if value < least {
+		c.refuse(key, `is %d bytes; it must be at least "%v"`, value, least)
+	}
+}
+
+func (c *checker) notEmpty(key, value, what string) {
+	if value == "" {
+		c.refuse(key, "is empty; it must name %s", what)
+	}
+}
+
+// address checks HOST:PORT with a port of at least lowest.
+func (c *checker) address(key, addr string, lowest uint64) (host string) {
+	host, port, err := net.SplitHostPort(addr)
+	n, perr := strconv.ParseUint(port, 10, 16)
+	if err != nil || perr != nil || n < lowest || strings.ContainsAny(host, " \t/") {
+		c.refuse(key, `is %q; it must be an address like "127.0.0.1:7070" or "[::1]:7070", with a port from %d to 65535`, addr, lowest)
+	}
+	return host
+}
+
+func (c *checker) topics(key string, topics []string, check func(string) error) {
+	for _, topic := range topics {
+		if err := check(topic); err != nil {
+			c.refuse(key, "%v", err)
 		}
 	}
-	return 1
 }

@@ -2,75 +2,74 @@ package config
 
 import (
 	"fmt"
+	"math"
 	"strconv"
 	"strings"
 	"time"
 )
 
-// Duration is a time.Duration written as "5s", "720h".
+// Duration is a time.Duration, written as "5s", "15m" or "720h".
 type Duration time.Duration
 
-// UnmarshalText parses what [time.ParseDuration] parses, and no sign.
-func (d *Duration) UnmarshalText(b []byte) error {
-	v, err := time.ParseDuration(string(b))
-	if err != nil || v < 0 {
-		return fmt.Errorf("%q is no duration; write it as 5s, 15m or 720h", b)
+// UnmarshalTOML takes a string that [time.ParseDuration] takes, of 0 or more.
+func (d *Duration) UnmarshalTOML(v any) error {
+	s, _ := v.(string)
+	parsed, err := time.ParseDuration(s)
+	if err != nil || parsed < 0 {
+		return fmt.Errorf(`is %s; it must be a duration like "5s", "15m" or "720h"`, describe(v))
 	}
-	*d = Duration(v)
+	*d = Duration(parsed)
 	return nil
 }
 
-// Std gives it as the standard library's type.
+// Std gives d as the standard library's type.
 func (d Duration) Std() time.Duration { return time.Duration(d) }
 
-// Size is a number of bytes written as "64MiB" or as a plain number.
+// Size is a number of bytes, written as "64KiB", "64MiB", "4GiB", "1TiB" or a
+// plain whole number.
 type Size int64
 
-// UnmarshalTOML parses a string with a unit, or an integer of bytes.
+// UnmarshalTOML takes a number with or without a unit, of 0 or more.
 func (s *Size) UnmarshalTOML(v any) error {
-	switch v := v.(type) {
-	case int64:
-		if v < 0 {
-			return fmt.Errorf("%d is no size", v)
-		}
-		*s = Size(v)
-		return nil
-	case string:
-		return s.parse(v)
-	default:
-		return fmt.Errorf("%v is no size; write it as \"64MiB\"", v)
+	n, ok := v.(int64)
+	if text, isText := v.(string); isText {
+		n, ok = parseSize(text)
 	}
+	if !ok || n < 0 {
+		return fmt.Errorf(`is %s; it must be a size like "64KiB", "64MiB" or "4GiB", or a number of bytes`, describe(v))
+	}
+	*s = Size(n)
+	return nil
 }
 
-func (s *Size) parse(text string) error {
+func parseSize(text string) (int64, bool) {
 	digits, shift := text, 0
 	for i, unit := range []string{"KiB", "MiB", "GiB", "TiB"} {
-		if rest, ok := strings.CutSuffix(text, unit); ok {
-			digits, shift = rest, 10*(i+1)
+		if number, ok := strings.CutSuffix(text, unit); ok {
+			digits, shift = number, 10*(i+1)
 		}
 	}
-	n, err := strconv.ParseInt(strings.TrimSpace(digits), 10, 64)
-	if err != nil || n < 0 || n > (1<<62)>>shift {
-		return fmt.Errorf("%q is no size; write it as 64KiB, 64MiB or 4GiB", text)
+	n, err := strconv.ParseUint(digits, 10, 63)
+	if err != nil || n > math.MaxInt64>>shift {
+		return 0, false
 	}
-	*s = Size(n << shift)
-	return nil
+	return int64(n << shift), true
 }
 
-// Sync says when the event log is synced: "always", a duration, or "never".
+// String writes s with the largest unit that leaves a whole number.
+func (s Size) String() string {
+	for shift, unit := range map[int]string{40: "TiB", 30: "GiB", 20: "MiB", 10: "KiB"} {
+		if n := s >> shift; n > 0 && n<<shift == s && (n&1023 != 0 || shift == 40) {
+			return strconv.FormatInt(int64(n), 10) + unit
+		}
+	}
+	return strconv.FormatInt(int64(s), 10)
+}
+
+// Sync says when the event log is synced to disk: "always", before each
+// acknowledgement; a duration like "1s", so often; or "never", which leaves it to
+// the kernel.
 type Sync string
-
-// UnmarshalText checks the word.
-func (s *Sync) UnmarshalText(b []byte) error {
-	*s = Sync(b)
-	if *s == SyncAlways || *s == SyncNever {
-		return nil
-	}
-	if d, err := time.ParseDuration(string(b)); err != nil || d <= 0 {
-		return fmt.Errorf("%q is no sync mode; it is \"always\", \"never\" or a duration like \"1s\"", b)
-	}
-	return nil
-}
 
 // The words that a Sync can be beside a duration.
 const (
@@ -78,7 +77,17 @@ const (
 	SyncNever  Sync = "never"
 )
 
-// Every gives 0 for always, negative for never, else the duration.
+// UnmarshalTOML takes one of the words, or a duration above 0.
+func (s *Sync) UnmarshalTOML(v any) error {
+	text, _ := v.(string)
+	if d, err := time.ParseDuration(text); text == string(SyncAlways) || text == string(SyncNever) || err == nil && d > 0 {
+		*s = Sync(text)
+		return nil
+	}
+	return fmt.Errorf(`is %s; it must be "always", "never" or a duration like "1s"`, describe(v))
+}
+
+// Every gives 0 for always, less than 0 for never, and else the duration.
 func (s Sync) Every() time.Duration {
 	switch s {
 	case SyncAlways:
@@ -87,8 +96,8 @@ func (s Sync) Every() time.Duration {
 		return -1
 	}
 	d, err := time.ParseDuration(string(s))
-	if err != nil { // cannot be: UnmarshalText checked it
-		return 0
+	if err != nil {
+		return 0 // no value of UnmarshalTOML's: the safe one
 	}
 	return d
 }

@@ -8,6 +8,7 @@ import (
 	"os/user"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -123,8 +124,12 @@ func (a *authorizer) allow(ctx context.Context, h *header, what action) error {
 	if a.isAdmin(who) {
 		return nil
 	}
-	return bus.Errorf(bus.CodeAccessDenied, "only root and members of the group %s may do this (polkit action %s); let %s in with: usermod -aG %s %[3]s",
-		a.srv.hooks.group, what, nameOf(who.uid), a.srv.hooks.group)
+	hint := "" // a user without a name cannot be added
+	if name := nameOf(who.uid); !strings.Contains(name, " ") {
+		hint = "; let it in with: usermod -aG " + a.srv.hooks.group + " " + name
+	}
+	return bus.Errorf(bus.CodeAccessDenied, "only root and members of the group %s may do this (polkit action %s), which %s is not%s",
+		a.srv.hooks.group, what, nameOf(who.uid), hint)
 }
 
 // identity asks the bus, whose answer cannot be forged.
@@ -214,7 +219,7 @@ func (a *authorizer) polkitPresent(ctx context.Context) bool {
 }
 
 // errDialogs is a dialog too many.
-var errDialogs = dbusError(errNameLimits, "%d calls wait for passwords to be typed already; try again", maxDialogs)
+var errDialogs = fmt.Errorf("%d calls wait for a password to be typed already; try again", maxDialogs)
 
 // ask has polkit decide (polkit Reference Manual, the Authority interface).
 func (a *authorizer) ask(ctx context.Context, sender string, what action, interactive bool) (bool, error) {

@@ -57,6 +57,8 @@ func asDBus(err error) dbus.Error {
 	case ok:
 	case errors.Is(err, errTooLarge):
 		return dbusError(errNameLimits, "%s; ask for fewer VMs at a time", err)
+	case errors.Is(err, errDialogs):
+		return dbusError(errNameLimits, "%s", err)
 	case errors.Is(err, context.Canceled):
 		e = bus.Errorf(bus.CodeShuttingDown, "the daemon stopped before the call was done; try again")
 	default:

@@ -101,10 +101,10 @@ func TestTailError(t *testing.T) {
 // TestTailEnds ends a tail that its caller does not read, in each way there is.
 func TestTailEnds(t *testing.T) {
 	for name, end := range map[string]func(*dbus.Conn, *os.File, *Server, *testBus){
-		"the caller closes its end":  func(_ *dbus.Conn, r *os.File, _ *Server, _ *testBus) { r.Close() },
-		"the caller leaves the bus":  func(c *dbus.Conn, _ *os.File, _ *Server, _ *testBus) { c.Close() },
-		"the server is closed":       func(_ *dbus.Conn, _ *os.File, s *Server, _ *testBus) { s.Close() },
-		"the message bus goes away":  func(_ *dbus.Conn, _ *os.File, _ *Server, b *testBus) { b.stop() },
+		"the caller closes its end": func(_ *dbus.Conn, r *os.File, _ *Server, _ *testBus) { r.Close() },
+		"the caller leaves the bus": func(c *dbus.Conn, _ *os.File, _ *Server, _ *testBus) { c.Close() },
+		"the server is closed":      func(_ *dbus.Conn, _ *os.File, s *Server, _ *testBus) { s.Close() },
+		"the message bus goes away": func(_ *dbus.Conn, _ *os.File, _ *Server, b *testBus) { b.stop() },
 	} {
 		for _, full := range []bool{true, false} {
 			t.Run(fmt.Sprintf("%s, full %t", name, full), func(t *testing.T) {

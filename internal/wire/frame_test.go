@@ -58,7 +58,7 @@ func TestReadFrame(t *testing.T) {
 			t.Fatalf("%.20q, %v", buf, err)
 		}
 	}
-	if _, err := ReadFrame(r, buf); err != io.EOF {
+	if _, err := ReadFrame(r, buf); !errors.Is(err, io.EOF) {
 		t.Errorf("at the end: %v", err)
 	}
 

@@ -1,0 +1,265 @@
+package eventlog
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+)
+
+// The record shown in docs/EVENTLOG.md is one.
+func TestDocumentedRecord(t *testing.T) {
+	doc, err := os.ReadFile(filepath.Join("..", "..", "docs", "EVENTLOG.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var rec Record
+	line := regexp.MustCompile(`(?m)^\{"crc".*$`).Find(doc)
+	if err := parseRecord(line, &rec, true); err != nil {
+		var right [crcDigits]byte
+		sum := appendRecord(nil, &Entry{VM: "web1", Topic: []byte("t"), ID: []byte("x"), Reply: []byte("r"), Payload: []byte(`{"a":1}`)}, 42, 41, "2026-11-23T21:03:00.123456Z")
+		copy(right[:], sum[len(crcPrefix):])
+		t.Fatalf("%s: %v; its crc would be %s", line, err, right[:])
+	}
+	if rec.Seq != 42 || rec.Synced != 41 || string(rec.ID) != `"x"` || string(rec.Reply) != "r" || string(rec.Payload) != `{"a":1}` {
+		t.Errorf("%+v", rec)
+	}
+}
+
+// logOf makes a log of n records and gives its options and its segment's bytes.
+func logOf(t *testing.T, n int) (Options, string, []byte) {
+	t.Helper()
+	o := testOptions(t.TempDir())
+	o.PerVM = nil
+	l := mustOpen(t, o)
+	for i := range n {
+		publish(t, l, "web1", "t", fmt.Sprint(i), `{"s":"a\"}\nb"}`)
+	}
+	mustClose(t, l)
+	path := filepath.Join(o.Dir, segmentName(1))
+	data, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return o, path, data
+}
+
+// A tail torn at any byte gives back exactly the whole records before it, keeps
+// the cut bytes aside, and takes new records.
+func TestTornTail(t *testing.T) {
+	o, path, data := logOf(t, 5)
+	lines := bytes.SplitAfter(data, []byte("\n"))
+	from := len(data) - len(lines[3]) - len(lines[4])
+	for end := from; end <= len(data); end++ {
+		if err := os.WriteFile(path, data[:end], 0o600); err != nil {
+			t.Fatal(err)
+		}
+		whole := bytes.Count(data[:end], []byte("\n"))
+		l, rec, err := Open(o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if rec.Last != uint64(whole) || len(rec.Damaged) > 0 {
+			t.Fatalf("cut at %d: %+v, want %d records", end, rec, whole)
+		}
+		torn := data[bytes.LastIndexByte(data[:end], '\n')+1 : end]
+		if (rec.Cut != nil) != (len(torn) > 0) {
+			t.Fatalf("cut at %d: %+v", end, rec.Cut)
+		}
+		if rec.Cut != nil {
+			aside, err := os.ReadFile(rec.Cut.Aside)
+			if err != nil || !bytes.Equal(aside, torn) {
+				t.Fatalf("cut at %d: %q is kept aside, %v; want %q", end, aside, err, torn)
+			}
+			if err := os.Remove(rec.Cut.Aside); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if got := publish(t, l, "web1", "t", "", "1"); got != uint64(whole)+1 {
+			t.Fatalf("cut at %d: the next record is %d", end, got)
+		}
+		mustClose(t, l)
+	}
+}
+
+// A flipped bit anywhere in a sealed record is found, told of, and served as a
+// gap; the rest is served.
+func TestFlippedBits(t *testing.T) {
+	o, path, data := logOf(t, 5)
+	lines := bytes.SplitAfter(data, []byte("\n"))
+	start := len(lines[0])
+	for at := start; at < start+len(lines[1])+len(lines[2]); at++ {
+		bad := bytes.Clone(data)
+		bad[at] ^= 1 << (at % 8)
+		if err := os.WriteFile(path, bad, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		o.OnDamage = nil
+		var told atomic.Int32
+		o.OnDamage = func(d Damage) {
+			if d.File == path {
+				told.Add(1)
+			}
+		}
+		l, rec, err := Open(o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if rec.Last != 5 || len(rec.Damaged) == 0 {
+			t.Fatalf("byte %d: %+v", at, rec)
+		}
+		lost, seen := 0, 0
+		r := l.NewReader(1)
+		for {
+			var rec Record
+			ok, err := r.Next(&rec)
+			var gap *Gap
+			if errors.As(err, &gap) {
+				lost += int(gap.To - gap.From + 1)
+				continue
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !ok {
+				break
+			}
+			seen++
+		}
+		r.Close()
+		if lost+seen != 5 || lost == 0 || lost > 2 || told.Load() == 0 {
+			t.Fatalf("byte %d: %d served, %d lost, damage told %d times", at, seen, lost, told.Load())
+		}
+		mustClose(t, l)
+	}
+}
+
+// sickFS is the machine's file system with a fault that a test turns on.
+type sickFS struct {
+	FS
+	write, sync, create atomic.Pointer[error]
+}
+
+func (s *sickFS) OpenFile(name string, flag int, perm fs.FileMode) (File, error) {
+	if err := s.create.Load(); err != nil && flag&os.O_EXCL != 0 {
+		return nil, *err
+	}
+	f, err := s.FS.OpenFile(name, flag, perm)
+	return sickFile{f, s}, err
+}
+
+type sickFile struct {
+	File
+	fs *sickFS
+}
+
+func (f sickFile) WriteAt(b []byte, off int64) (int, error) {
+	if err := f.fs.write.Load(); err != nil {
+		n, _ := f.File.WriteAt(b[:len(b)/2], off)
+		return n, *err
+	}
+	return f.File.WriteAt(b, off)
+}
+
+func (f sickFile) Sync() error {
+	if err := f.fs.sync.Load(); err != nil {
+		return *err
+	}
+	return f.File.Sync()
+}
+
+// A write, a sync or a rotation that fails refuses its records and nothing
+// else; the log goes on by itself, without a hole and without the refused.
+func TestDiskFaults(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		at   func(*sickFS) *atomic.Pointer[error]
+		err  error
+		full bool
+	}{
+		{"write ENOSPC", func(s *sickFS) *atomic.Pointer[error] { return &s.write }, syscall.ENOSPC, true},
+		{"write EIO", func(s *sickFS) *atomic.Pointer[error] { return &s.write }, syscall.EIO, false},
+		{"sync EIO", func(s *sickFS) *atomic.Pointer[error] { return &s.sync }, syscall.EIO, false},
+		{"rotation EROFS", func(s *sickFS) *atomic.Pointer[error] { return &s.create }, syscall.EROFS, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			sick := &sickFS{FS: OS}
+			o := testOptions(t.TempDir())
+			o.FS, o.PerVM = sick, nil
+			states := make(chan State, 100)
+			o.OnState = func(s State) { states <- s }
+			l := mustOpen(t, o)
+			big := `"` + strings.Repeat("x", 9000) + `"`
+			want := map[string]bool{}
+			next := uint64(1)
+			try := func(id string) error {
+				b := &Batch{Entries: []Entry{{VM: "web1", Topic: []byte("t"), ID: []byte(id), Payload: []byte(big)}}}
+				if err := l.Append(t.Context(), b); err != nil {
+					t.Fatal(err)
+				}
+				if b.Entries[0].Err == nil {
+					if b.Entries[0].Seq != next {
+						t.Fatalf("%s is %d, want %d", id, b.Entries[0].Seq, next)
+					}
+					next++
+					want[id] = true
+				}
+				return b.Entries[0].Err
+			}
+			for i := range 5 {
+				if err := try(fmt.Sprint("before", i)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			c.at(sick).Store(&c.err)
+			failed := 0
+			for i := range 20 { // enough for the rotation to come up
+				var we *WriteError
+				if err := try(fmt.Sprint("during", i)); errors.As(err, &we) {
+					failed++
+					if we.Full != c.full || !errors.Is(err, c.err) {
+						t.Fatalf("refused with %v", err)
+					}
+				}
+			}
+			if failed == 0 {
+				t.Fatal("nothing was refused")
+			}
+			if s := <-states; s.Degraded == "" {
+				t.Errorf("told %+v", s)
+			}
+			c.at(sick).Store(nil)
+			for s := range states { // it recovers with nobody publishing
+				if s.Degraded == "" {
+					break
+				}
+			}
+			for i := range 5 {
+				if err := try(fmt.Sprint("after", i)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			mustClose(t, l)
+			o.FS = nil
+			l = mustOpen(t, o)
+			defer mustClose(t, l)
+			got := readAll(t, l.NewReader(1))
+			for i, line := range got {
+				id := strings.Fields(line)[3]
+				if !want[strings.Trim(id, `"`)] || !strings.HasPrefix(line, fmt.Sprint(i+1, " ")) {
+					t.Errorf("%.40s was not acknowledged under this number", line)
+				}
+			}
+			if len(got) != len(want) {
+				t.Errorf("%d records, %d were acknowledged", len(got), len(want))
+			}
+		})
+	}
+}

@@ -1,0 +1,193 @@
+package presence
+
+import (
+	"fmt"
+	"slices"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/castrabus/castra/internal/bus"
+)
+
+type fakeSession struct {
+	token   string
+	expired int
+}
+
+func (s *fakeSession) Token() string { return s.token }
+func (s *fakeSession) Lag() uint64   { return 7 }
+func (s *fakeSession) Expire()       { s.expired++ }
+
+func table() *Table {
+	return New(Options{ReachableWithin: 45 * time.Second, SessionTimeout: time.Minute, MaxVMs: 3})
+}
+
+// states lists the changes as words.
+func states(t *Table) []string {
+	var out []string
+	changes, _ := t.Changes()
+	for _, c := range changes {
+		state := "down"
+		if c.Reachable {
+			state = "up"
+		}
+		out = append(out, c.VM+" "+state+" "+c.Reason)
+	}
+	return out
+}
+
+// sweepFor lets d pass with a sweep each interval.
+func sweepFor(t *Table, d time.Duration) {
+	for end := time.Now().Add(d); time.Now().Before(end); {
+		time.Sleep(t.Interval())
+		t.Sweep()
+	}
+}
+
+func TestSilence(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		tab, s := table(), &fakeSession{token: "sess-1"}
+		v, _, ok := tab.Connect("web1", s, "127.0.0.1:1", nil)
+		if !ok {
+			t.Fatal("not admitted")
+		}
+		sweepFor(tab, 44*time.Second)
+		if got := states(tab); !slices.Equal(got, []string{"web1 up handshake"}) {
+			t.Errorf("after 44 s: %v", got)
+		}
+		sweepFor(tab, 3*time.Second)
+		if got := states(tab); !slices.Equal(got, []string{"web1 down silent"}) {
+			t.Errorf("after 47 s: %v", got)
+		}
+		v.Heard()
+		if got := states(tab); !slices.Equal(got, []string{"web1 up frame"}) {
+			t.Errorf("after a frame: %v", got)
+		}
+		sweepFor(tab, 59*time.Second)
+		if s.expired != 0 {
+			t.Error("expired after 59 s")
+		}
+		sweepFor(tab, 3*time.Second)
+		if s.expired == 0 {
+			t.Error("not expired after 62 s")
+		}
+	})
+}
+
+func TestHandshakeOnlyGuestExpires(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		tab := table()
+		tab.Attend("old", "127.0.0.1:1", []string{"exec"})
+		sweepFor(tab, 44*time.Second)
+		if vm := tab.Snapshot(nil)[0]; !vm.Reachable || *vm.LastHandshakeAgeMS != 44000 {
+			t.Errorf("after 44 s: %+v", vm)
+		}
+		sweepFor(tab, 3*time.Second)
+		if got := states(tab); !slices.Equal(got, []string{"old up handshake", "old down expired"}) {
+			t.Errorf("after 47 s: %v", got)
+		}
+	})
+}
+
+// The close of an older session never touches the newer one's state.
+func TestLateCloseChangesNothing(t *testing.T) {
+	tab := table()
+	first, second := &fakeSession{token: "1"}, &fakeSession{token: "2"}
+	v, old, _ := tab.Connect("web1", first, "a", nil)
+	if old != nil {
+		t.Error("an older session out of nowhere")
+	}
+	if _, old, _ = tab.Connect("web1", second, "b", nil); old != Session(first) {
+		t.Errorf("replaced %v", old)
+	}
+	tab.Subscribed(v, first, []string{"late"})
+	if tab.Disconnect(v, first) {
+		t.Error("the late close did something")
+	}
+	vm := tab.Snapshot([]string{"web1"})[0]
+	if !vm.Reachable || vm.Session != "2" || vm.RemoteAddr != "b" || vm.BusSubscribed || vm.Lag != 7 {
+		t.Errorf("%+v", vm)
+	}
+	if !tab.Disconnect(v, second) || tab.Snapshot(nil)[0].Reachable {
+		t.Error("the newer one's own close did nothing")
+	}
+	if got := states(tab); !slices.Equal(got, []string{"web1 up handshake", "web1 down disconnected"}) {
+		t.Errorf("%v", got)
+	}
+}
+
+func TestNamesAreBounded(t *testing.T) {
+	tab := table()
+	for i := range 5 {
+		_, _, ok := tab.Connect(fmt.Sprint("vm", i), &fakeSession{}, "", nil)
+		if ok != (i < 3) {
+			t.Errorf("name %d: %v", i, ok)
+		}
+	}
+	tab.Know("registered") // an operator's word is not bounded
+	if n := len(tab.Snapshot(nil)); n != 4 {
+		t.Errorf("%d names", n)
+	}
+}
+
+func TestRefusalsAreBoundedAndForgotten(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		tab := table()
+		for i := range 70 {
+			tab.Refuse(fmt.Sprint("vm", i), "unknown-vm")
+		}
+		tab.Refuse("vm10", "auth-failed")
+		got := tab.Refused()
+		if len(got) != 64 || got[0].VM != "vm10" || got[0].Reason != "auth-failed" || got[1].VM != "vm69" {
+			t.Errorf("%d, first %+v", len(got), got[:2])
+		}
+		tab.Admitted("vm69")
+		if slices.ContainsFunc(tab.Refused(), func(r bus.Refused) bool { return r.VM == "vm69" }) {
+			t.Error("still listed after it was let in")
+		}
+		time.Sleep(time.Hour + time.Second)
+		if got := tab.Refused(); len(got) != 0 {
+			t.Errorf("after an hour: %v", got)
+		}
+	})
+}
+
+func TestChangesAreMergedWhenTooMany(t *testing.T) {
+	tab := table()
+	v, _, _ := tab.Connect("web1", &fakeSession{}, "", nil)
+	tab.mu.Lock()
+	for i := range maxChanges + 10 {
+		tab.set(v, i%2 == 1, "x")
+	}
+	n, last := len(tab.changes), tab.changes[len(tab.changes)-1]
+	tab.mu.Unlock()
+	if n > 20 || last.Reachable != v.reachable {
+		t.Errorf("%d changes wait, the last %+v", n, last)
+	}
+}
+
+func TestBucket(t *testing.T) {
+	now := time.Now()
+	var b Bucket
+	r := Rate{Records: 10, Burst: 3, Bytes: 1000}
+	for i := range 3 {
+		if wait := b.Take(r, 10, now); wait != 0 {
+			t.Errorf("record %d of the burst waits %v", i, wait)
+		}
+	}
+	if wait := b.Take(r, 10, now); wait != 100*time.Millisecond {
+		t.Errorf("beyond the burst: %v", wait)
+	}
+	now = now.Add(100 * time.Millisecond)
+	if wait := b.Take(r, 10, now); wait != 0 {
+		t.Errorf("a tenth of a second later: %v", wait)
+	}
+	now = now.Add(time.Hour)
+	if wait := b.Take(r, 5000, now); wait != 0 {
+		t.Errorf("more bytes than fit, into a full bucket: %v", wait)
+	}
+	if wait := b.Take(r, 500, now); wait != 500*time.Millisecond {
+		t.Errorf("behind it: %v", wait)
+	}
+}

@@ -6,32 +6,30 @@ import (
 	"time"
 )
 
-// Backoff gives the pauses between attempts: each drawn evenly from zero to a
-// ceiling that doubles from attempt to attempt ("full jitter"), so that ten
-// thousand guests whose host restarted do not come back in step. It belongs to
-// one goroutine.
+// Backoff gives the pauses between attempts: each is drawn evenly from between
+// the lowest and a ceiling that doubles from attempt to attempt, up to the
+// highest. The first is drawn already, so that ten thousand guests whose host
+// restarted do not come back in step. A Backoff belongs to one goroutine.
 type Backoff struct {
 	min, max time.Duration
-	ceiling  time.Duration
+	ceiling  time.Duration       // of the pause before; 0: there was none
 	draw     func(n int64) int64 // a number from [0, n)
 }
 
-// New makes a Backoff whose pauses are at least lowest and at most highest.
+// New makes a Backoff whose pauses are at least lowest, which is above 0, and at
+// most highest.
 func New(lowest, highest time.Duration) *Backoff { return NewWith(lowest, highest, rand.Int64N) }
 
-// NewWith is New with a random source of the caller's, for tests.
+// NewWith is New with a random source of the caller's, which gives a number from
+// [0, n).
 func NewWith(lowest, highest time.Duration, draw func(n int64) int64) *Backoff {
 	return &Backoff{min: lowest, max: max(lowest, highest), draw: draw}
 }
 
 // Next gives the next pause.
 func (b *Backoff) Next() time.Duration {
-	if b.ceiling == 0 {
-		b.ceiling = b.min
-	}
-	pause := max(b.min, time.Duration(b.draw(int64(b.ceiling)+1)))
-	b.ceiling = min(b.max, 2*b.ceiling)
-	return pause
+	b.ceiling = min(b.max, 2*max(b.min, b.ceiling))
+	return b.min + time.Duration(b.draw(int64(b.ceiling-b.min)+1))
 }
 
 // Reset begins anew, after a success that lasted.

@@ -46,7 +46,7 @@ T is a moment: "2006-01-02 15:04:05", RFC 3339, today, yesterday, now, -5min or
 		},
 	}
 	flags := cmd.Flags()
-	flags.StringVar(&o.vm, "vm", "", "only what this VM published and what was sent to vm:`NAME`")
+	flags.StringVar(&o.vm, "vm", "", "only what this VM published and what was sent to vm:`NAME`; host: what the host published")
 	flags.StringArrayVar(&o.topics, "topic", nil, "only topics that match `PATTERN`; may be repeated")
 	flags.StringVarP(&o.lines, "lines", "n", "10", "begin with the last `N` records, or with \"all\"")
 	flags.Uint64Var(&o.from, "from", 0, "begin with the record of number `SEQ`")
@@ -70,7 +70,7 @@ func (o *tailOptions) request(cmd *cobra.Command, now time.Time) (bus.TailReques
 	); err != nil {
 		return req, err
 	}
-	if o.vm != "" {
+	if o.vm != "" && o.vm != bus.HostVM {
 		if err := checkName(o.vm); err != nil {
 			return req, usageError(cmd, "--vm: %w", err)
 		}
@@ -137,17 +137,17 @@ func (f *Factory) runTail(ctx context.Context, o *tailOptions, req bus.TailReque
 
 	t := &tailer{f: f, req: req, start: Start(req.Follow)}
 	show := func(ctx context.Context) error { return t.show(ctx, o.format) }
-	if o.cursorFile != "" {
+	var err error
+	if o.cursorFile == "" {
+		err = show(ctx)
+	} else {
 		t.cursor = &cursorFile{path: o.cursorFile}
-		if err := t.resume(ctx); err != nil {
-			return err
-		}
-		show = func(ctx context.Context) error {
-			return t.cursor.keep(ctx, func(ctx context.Context) error { return t.show(ctx, o.format) })
+		if err = t.resume(ctx); err == nil {
+			err = t.cursor.keep(ctx, show)
 		}
 	}
-	if err := show(ctx); !errors.Is(err, context.Canceled) {
-		return err
+	if errors.Is(err, context.Canceled) {
+		return nil
 	}
-	return nil
+	return err
 }

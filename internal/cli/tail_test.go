@@ -56,6 +56,7 @@ func TestTailRequests(t *testing.T) {
 		"--until now":                         {All: true, Until: now},
 		"--until now -n 5":                    {Lines: 5, Until: now},
 		"--vm web1 --topic a.* --topic vm:>":  {VM: "web1", Topics: []string{"a.*", "vm:>"}, Lines: 10, Follow: true},
+		"--vm host":                           {VM: "host", Lines: 10, Follow: true},
 		"--topic castra.presence --no-follow": {Topics: []string{"castra.presence"}, Lines: 10},
 	} {
 		var asked []bus.TailRequest
@@ -142,7 +143,7 @@ func TestTailOutlivesRestart(t *testing.T) {
 		began := time.Now()
 		r := run(t, c, []string{"bus", "tail", "-o", "json", "--vm", "web1"})
 		r.want(t, ExitNoCastrad, record(1, "1")+record(2, "2")+gap+record(8, "8"), "daemon not running")
-		if !strings.Contains(r.err, "castrad has gone") {
+		if !strings.Contains(r.err, "the daemon has gone") {
 			t.Errorf("the break is not said: %q", r.err)
 		}
 		for i, from := range []uint64{0, 3, 8, 9} {

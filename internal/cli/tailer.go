@@ -39,7 +39,7 @@ type entry struct {
 	Code    bus.Code        `json:"code"`
 	Reason  string          `json:"reason"`
 
-	line []byte // as it came, without its "\\n"
+	line []byte // as it came, without its line end
 }
 
 func (e *entry) isGap() bool { return e.Type == "gap" }
@@ -65,7 +65,10 @@ func (t *tailer) resume(ctx context.Context) error {
 	if err != nil || seq == 0 {
 		return err
 	}
-	st, err := t.f.status(ctx, t.start, nil)
+	st, err := t.f.status(ctx, t.start, []string{""}) // nobody's name: of the VMs none is wanted
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
 	if err != nil {
 		return err
 	}
@@ -102,6 +105,7 @@ func (t *tailer) show(ctx context.Context, format string) error {
 func (t *tailer) run(ctx context.Context) error {
 	wait, deadline := firstRetry, time.Now().Add(patience)
 	for {
+		began := time.Now()
 		open, err := t.stream(ctx)
 		switch {
 		case ctx.Err() != nil:
@@ -109,10 +113,13 @@ func (t *tailer) run(ctx context.Context) error {
 		case err != nil && !goneAway(err), !t.req.Follow, t.pastUntil(), !t.started && !open:
 			return err
 		case open:
-			t.f.note("-- castrad has gone; waiting for it to come back --")
-			wait, deadline = firstRetry, time.Now().Add(patience)
+			t.f.note("-- the daemon has gone; waiting for it to come back --")
+			deadline = time.Now().Add(patience)
 		case time.Now().After(deadline):
 			return err
+		}
+		if time.Since(began) > lastRetry {
+			wait = firstRetry
 		}
 		// castrad is not started a second time: whoever stopped it meant it.
 		t.started, t.start = true, NoStart

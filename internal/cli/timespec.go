@@ -131,17 +131,20 @@ func parseMoment(s string, now time.Time) (time.Time, error) {
 
 // parseRelative reads -SPAN, +SPAN, "SPAN ago" and "SPAN left"; ok is false when s is none of them.
 func parseRelative(s string, now time.Time) (t time.Time, ok bool, err error) {
+	var text string
 	sign := time.Duration(1)
-	text := ""
-	if span, found := strings.CutSuffix(s, " ago"); found {
-		text, sign = span, -1
-	} else if span, found := strings.CutSuffix(s, " left"); found {
-		text = span
-	} else if s[0] == '-' {
+	before, ago := strings.CutSuffix(s, " ago")
+	ahead, left := strings.CutSuffix(s, " left")
+	switch {
+	case ago:
+		text, sign = before, -1
+	case left:
+		text = ahead
+	case s[0] == '-':
 		text, sign = s[1:], -1
-	} else if s[0] == '+' {
+	case s[0] == '+':
 		text = s[1:]
-	} else {
+	default:
 		return time.Time{}, false, nil
 	}
 	span, err := parseSpan(text)

@@ -55,7 +55,11 @@ func decode(file, text string, dst any, from origins) error {
 	}
 	d := decoder{file: file, meta: meta, from: from}
 	d.table(nil, top, reflect.ValueOf(dst).Elem())
-	return joined(d.errs)
+	// The library gives keys in a map's order; people read from the top.
+	slices.SortFunc(d.errs, func(a, b *Error) int {
+		return cmp.Or(cmp.Compare(a.Line, b.Line), cmp.Compare(a.Key, b.Key))
+	})
+	return join(d.errs)
 }
 
 func syntaxError(file string, err error) error {
@@ -65,12 +69,7 @@ func syntaxError(file string, err error) error {
 	return &Error{File: file, Reason: err.Error()}
 }
 
-// joined puts the mistakes of one file into the order of its lines: the decoder
-// meets them in that of a map.
-func joined(errs []*Error) error {
-	slices.SortStableFunc(errs, func(a, b *Error) int {
-		return cmp.Or(cmp.Compare(a.Line, b.Line), cmp.Compare(a.Key, b.Key))
-	})
+func join(errs []*Error) error {
 	all := make([]error, len(errs))
 	for i, e := range errs {
 		all[i] = e

@@ -73,7 +73,7 @@ func LoadGuest(path string, checkTopic func(string) error) (Guest, error) {
 	}
 	c.topics("bus.subscribe", cfg.Bus.Subscribe, checkTopic)
 	c.sizeAtLeast("bus.spool_size", cfg.Bus.SpoolSize, leastSpool)
-	if err := c.err(); err != nil {
+	if err := join(c.errs); err != nil {
 		return Guest{}, err
 	}
 	return cfg, nil

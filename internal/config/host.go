@@ -128,7 +128,7 @@ func LoadHost(path string, checkTopic func(string) error) (Host, error) {
 	cfg.Broker.check(&c, checkTopic)
 	cfg.Store.check(&c)
 	cfg.Limits.check(&c)
-	if err := c.err(); err != nil {
+	if err := join(c.errs); err != nil {
 		return Host{}, err
 	}
 	return cfg, nil
@@ -159,20 +159,20 @@ func (b *HostBroker) check(c *checker, checkTopic func(string) error) {
 }
 
 func (s *Store) check(c *checker) {
-	c.notEmpty("store.state_dir", s.StateDir, "a directory")
-	c.notEmpty("store.log_dir", s.LogDir, "a directory")
+	c.directory("store.state_dir", s.StateDir)
+	c.directory("store.log_dir", s.LogDir)
 	c.sizeAtLeast("store.segment_size", s.SegmentSize, leastSize)
 	c.sizeAtLeast("store.host_retention_size", s.HostRetentionSize, leastSize)
 	c.sizeAtLeast("store.vm_retention_size", s.VMRetentionSize, leastSize)
 }
 
 func (l *Limits) check(c *checker) {
-	c.atLeast("limits.max_sessions", int64(l.MaxSessions), 1)
-	c.atLeast("limits.max_handshakes", int64(l.MaxHandshakes), 1)
-	c.atLeast("limits.max_vms", int64(l.MaxVMs), 1)
-	c.atLeast("limits.max_subscriptions", int64(l.MaxSubscriptions), 1)
-	c.atLeast("limits.publish_rate", l.PublishRate, 1)
-	c.atLeast("limits.publish_burst", l.PublishBurst, 1)
+	c.atLeastOne("limits.max_sessions", int64(l.MaxSessions))
+	c.atLeastOne("limits.max_handshakes", int64(l.MaxHandshakes))
+	c.atLeastOne("limits.max_vms", int64(l.MaxVMs))
+	c.atLeastOne("limits.max_subscriptions", int64(l.MaxSubscriptions))
+	c.atLeastOne("limits.publish_rate", l.PublishRate)
+	c.atLeastOne("limits.publish_burst", l.PublishBurst)
 	c.sizeAtLeast("limits.publish_bytes", l.PublishBytes, leastSize)
 }
 

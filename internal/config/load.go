@@ -69,20 +69,9 @@ func (c *checker) refuse(key, format string, args ...any) {
 	c.errs = append(c.errs, &Error{File: o.file, Line: o.line, Key: key, Reason: fmt.Sprintf(format, args...)})
 }
 
-func (c *checker) err() error {
-	if len(c.errs) == 0 {
-		return nil
-	}
-	all := make([]error, len(c.errs))
-	for i, e := range c.errs {
-		all[i] = e
-	}
-	return errors.Join(all...)
-}
-
-func (c *checker) atLeast(key string, value, least int64) {
-	if value < least {
-		c.refuse(key, "is %d; it must be at least %d", value, least)
+func (c *checker) atLeastOne(key string, value int64) {
+	if value < 1 {
+		c.refuse(key, "is %d; it must be at least 1", value)
 	}
 }
 
@@ -98,9 +87,9 @@ func (c *checker) sizeAtLeast(key string, value, least Size) {
 	}
 }
 
-func (c *checker) notEmpty(key, value, what string) {
-	if value == "" {
-		c.refuse(key, "is empty; it must name %s", what)
+func (c *checker) directory(key, path string) {
+	if path == "" {
+		c.refuse(key, "is empty; it must name a directory")
 	}
 }
 

@@ -29,6 +29,9 @@ func (d Duration) Std() time.Duration { return time.Duration(d) }
 // plain whole number.
 type Size int64
 
+// units are 1024 of the one before each, the first 1024 bytes.
+var units = [...]string{"KiB", "MiB", "GiB", "TiB"}
+
 // UnmarshalTOML takes a number with or without a unit, of 0 or more.
 func (s *Size) UnmarshalTOML(v any) error {
 	n, ok := v.(int64)
@@ -44,7 +47,7 @@ func (s *Size) UnmarshalTOML(v any) error {
 
 func parseSize(text string) (int64, bool) {
 	digits, shift := text, 0
-	for i, unit := range []string{"KiB", "MiB", "GiB", "TiB"} {
+	for i, unit := range units {
 		if number, ok := strings.CutSuffix(text, unit); ok {
 			digits, shift = number, 10*(i+1)
 		}
@@ -58,12 +61,13 @@ func parseSize(text string) (int64, bool) {
 
 // String writes s with the largest unit that leaves a whole number.
 func (s Size) String() string {
-	for shift, unit := range map[int]string{40: "TiB", 30: "GiB", 20: "MiB", 10: "KiB"} {
-		if n := s >> shift; n > 0 && n<<shift == s && (n&1023 != 0 || shift == 40) {
-			return strconv.FormatInt(int64(n), 10) + unit
+	text := strconv.FormatInt(int64(s), 10)
+	for i, unit := range units {
+		if each := Size(1) << (10 * (i + 1)); s >= each && s%each == 0 {
+			text = strconv.FormatInt(int64(s/each), 10) + unit
 		}
 	}
-	return strconv.FormatInt(int64(s), 10)
+	return text
 }
 
 // Sync says when the event log is synced to disk: "always", before each

@@ -142,8 +142,8 @@ func (l *link) shut() {
 	l.closing = true
 	l.mu.Unlock()
 	l.endSoft()
-	l.conn.limitWrites(stopGrace)
-	grace := time.AfterFunc(stopGrace, l.endHard)
+	l.conn.limitWrites(l.srv.hooks.grace)
+	grace := time.AfterFunc(l.srv.hooks.grace, l.endHard)
 	l.calls.Wait()
 	grace.Stop()
 	l.endHard()

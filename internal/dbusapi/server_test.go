@@ -211,7 +211,9 @@ func TestAddresses(t *testing.T) {
 // and the server can be closed.
 func TestStuckBus(t *testing.T) {
 	b, f := newBus(t, openPolicy), newFakeBus(bus.VM{VM: "web1", State: "unreachable"})
-	s := b.serve(Options{Bus: f}, quick())
+	h := quick()
+	h.grace = 10 * time.Millisecond
+	s := b.serve(Options{Bus: f}, h)
 	signals := watch(t, b.client())
 	stopped := b.process.Process
 	if err := stopped.Signal(syscall.SIGSTOP); err != nil {

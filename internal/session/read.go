@@ -187,13 +187,13 @@ func (s *Session) frame(ws **workspace, rest []byte) ([]byte, error) {
 	w := *ws
 	m := &w.msg
 	kind := ackKind(m)
-	refuse := func(code bus.Code, reason string) ([]byte, error) {
+	refuseFrame := func(code bus.Code, reason string) ([]byte, error) {
 		w.acks = append(w.acks, reply{ack: wire.Ack{Kind: kind, Code: string(code), Reason: reason, Topic: w.keep(m.Topic), ID: w.keep(m.ID)}, entry: -1})
 		return rest, nil
 	}
 	switch {
 	case m.Bad != "":
-		return refuse(bus.CodeBadFrame, m.Bad)
+		return refuseFrame(bus.CodeBadFrame, m.Bad)
 	case m.Type == wire.TypePublish:
 		s.publish(w)
 		return rest, nil
@@ -213,7 +213,7 @@ func (s *Session) frame(ws **workspace, rest []byte) ([]byte, error) {
 		}
 		return rest, s.change(sub)
 	default:
-		return refuse(bus.CodeUnsupportedType, fmt.Sprintf("no frame of type %q is known here", clip(m.TypeName)))
+		return refuseFrame(bus.CodeUnsupportedType, fmt.Sprintf("no frame of type %q is known here", clip(m.TypeName)))
 	}
 }
 
@@ -310,6 +310,5 @@ func (s *Session) outcome(r *reply, e *eventlog.Entry, err error) {
 		r.ack.Seq, r.ack.NotDurable = e.Seq, s.opts.Lazy
 		return
 	}
-	refusal := Refuse(err)
-	r.ack.Code, r.ack.Reason, r.ack.RetryAfterMS = string(refusal.Code), refusal.Reason, refusal.RetryAfter.Milliseconds()
+	refuse(&r.ack, err)
 }

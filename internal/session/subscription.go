@@ -174,8 +174,7 @@ func (s *Session) change(r request) error {
 		err = bus.Errorf(bus.CodeBadFrame, "an unsubscribe names a subscription or a topic")
 	}
 	if err != nil {
-		refusal := Refuse(err)
-		a.Code, a.Reason = string(refusal.Code), refusal.Reason
+		refuse(&a, err)
 		return s.write(wire.AppendAckFrame(nil, &a))
 	}
 	s.writer <- struct{}{}
@@ -312,14 +311,26 @@ func (s *Session) acknowledged(m *wire.Message) error {
 	return nil
 }
 
+// refuse makes a the refusal of a frame. The wire has no word for an end or a
+// fault of castrad's own; storage-stalled says what the guest needs to know:
+// that it is open whether the record was stored, and to retry.
+func refuse(a *wire.Ack, err error) {
+	r := Refuse(err)
+	if r.Code == bus.CodeInternal || r.Code == bus.CodeShuttingDown {
+		r.Code, r.RetryAfter = bus.CodeStorageStalled, time.Second
+	}
+	a.Code, a.Reason, a.RetryAfterMS = string(r.Code), r.Reason, r.RetryAfter.Milliseconds()
+}
+
 // Refuse gives the refusal that a caller is to see for an error of the broker
-// or of the log.
+// or of the log. The error is new: the caller may change it.
 func Refuse(err error) *bus.Error {
 	var refusal *bus.Error
 	var write *eventlog.WriteError
 	switch {
 	case errors.As(err, &refusal):
-		return refusal
+		own := *refusal
+		return &own
 	case errors.Is(err, eventlog.ErrStalled):
 		refusal = bus.Errorf(bus.CodeStorageStalled, "the host's disk does not answer; retry with the same id")
 		refusal.RetryAfter = 5 * time.Second

@@ -1,0 +1,261 @@
+// Package guestdcmd is castra-guestd's main program: it reads the configuration,
+// finds out who this guest is, puts the parts together and takes them down again.
+package guestdcmd
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/sirupsen/logrus"
+
+	"github.com/castrabus/castra/internal/config"
+	"github.com/castrabus/castra/internal/dbusapi"
+	"github.com/castrabus/castra/internal/guest"
+	"github.com/castrabus/castra/internal/logging"
+	"github.com/castrabus/castra/internal/sdnotify"
+	"github.com/castrabus/castra/internal/wire"
+)
+
+// busPatience bounds how long readiness waits for the message bus: whoever is
+// started behind this service finds the name owned, and a message bus that hangs
+// does not hang the boot.
+const busPatience = 2 * time.Second
+
+// Main runs castra-guestd with the arguments behind its name and gives its exit
+// status: 0 after a clean end, 1 after a failure, 2 for wrong usage.
+func Main(version string, args []string, stdout, stderr io.Writer) int {
+	fs := flag.NewFlagSet("castra-guestd", flag.ContinueOnError)
+	fs.SetOutput(stderr)
+	path := fs.String("config", config.GuestPath, "the configuration `file`; drop-ins are FILE.d/*.toml")
+	check := fs.Bool("check-config", false, "check the configuration and exit")
+	showVersion := fs.Bool("version", false, "print the version and exit")
+	debug := fs.Bool("debug", false, "log more")
+	if err := fs.Parse(args); err != nil {
+		if errors.Is(err, flag.ErrHelp) {
+			return 0
+		}
+		return 2
+	}
+	if fs.NArg() > 0 {
+		fmt.Fprintf(stderr, "castra-guestd: unexpected argument %q; castra-guestd --help lists the options\n", fs.Arg(0))
+		return 2
+	}
+	if *showVersion {
+		fmt.Fprintln(stdout, "castra-guestd", version)
+		return 0
+	}
+	cfg, err := load(*path)
+	if err != nil {
+		fmt.Fprintln(stderr, "castra-guestd:", err)
+		return 1
+	}
+	if *check {
+		fmt.Fprintf(stdout, "%s: the configuration is good\n", *path)
+		return 0
+	}
+	level := logrus.InfoLevel
+	if *debug {
+		level = logrus.DebugLevel
+	}
+	d := &daemon{
+		version: version, path: *path, cfg: cfg, log: logging.New(level),
+		env:     environment{credentials: os.Getenv("CREDENTIALS_DIRECTORY"), hostname: os.Hostname},
+		changed: make(chan struct{}, 1),
+	}
+	if err := d.run(); err != nil {
+		d.log.WithError(err).Error("castra-guestd ends")
+		return 1
+	}
+	return 0
+}
+
+func load(path string) (config.Guest, error) {
+	return config.LoadGuest(path, func(topic string) error {
+		_, err := wire.ParsePattern(topic)
+		return err
+	})
+}
+
+// daemon is a running castra-guestd.
+type daemon struct {
+	version string
+	path    string
+	cfg     config.Guest
+	env     environment
+	log     *logrus.Logger
+
+	agent  *guest.Agent
+	status sdnotify.Status
+	// changed has room for one: the status line may be another.
+	changed chan struct{}
+
+	mu  sync.Mutex
+	bus string // why D-Bus is not served; empty: it is, or that is not known yet
+}
+
+func (d *daemon) run() error {
+	signals := make(chan os.Signal, 4) // a few in a row while one is acted on
+	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
+	defer signal.Stop(signals)
+
+	id, err := d.env.resolve(d.cfg)
+	if err != nil {
+		return err
+	}
+	d.agent, err = guest.New(guest.Options{
+		Name: id.name, Address: id.address, Key: id.key, Version: d.version,
+		Subscribe: d.cfg.Bus.Subscribe, Socket: d.cfg.Bus.Socket, SpoolSize: int64(d.cfg.Bus.SpoolSize),
+		Log: logrus.NewEntry(d.log), OnState: d.stateChanged,
+	})
+	if err != nil {
+		return err
+	}
+
+	// The agent ends first: what D-Bus callers still await it answers.
+	working, stopWork := context.WithCancel(context.Background())
+	serving, stopServing := context.WithCancel(context.Background())
+	defer stopWork()
+	defer stopServing()
+	var agent, rest sync.WaitGroup
+	agent.Go(func() { d.agent.Run(working) })
+	known := make(chan struct{}) // closed once it is known whether D-Bus is served
+	rest.Go(func() { d.serveBus(serving, known) })
+	select {
+	case <-known:
+	case <-time.After(busPatience):
+	}
+	d.log.WithFields(logrus.Fields{"name": id.name, "address": id.address, "socket": d.cfg.Bus.Socket, "keyed": id.key != nil}).Info("castra-guestd is ready")
+	d.notify("READY=1")
+	rest.Go(func() { d.keepStatus(serving) })
+	if interval, ok := sdnotify.WatchdogInterval(); ok {
+		rest.Go(func() {
+			sdnotify.RunWatchdog(working, interval, func(err error) { d.log.WithError(err).Error("the watchdog is not fed") }, d.agent.Probe)
+		})
+	}
+	for sig := range signals {
+		if sig != syscall.SIGHUP {
+			break
+		}
+		d.reload()
+	}
+	d.notify("STOPPING=1")
+	stopWork()
+	agent.Wait()
+	stopServing()
+	rest.Wait()
+	return nil
+}
+
+// serveBus serves D-Bus until ctx is done, unless the name is somebody else's.
+func (d *daemon) serveBus(ctx context.Context, known chan<- struct{}) {
+	api, err := dbusapi.Start(ctx, dbusapi.Options{Log: logrus.NewEntry(d.log), Bus: d.agent, OnState: d.busState})
+	close(known)
+	if err != nil {
+		if ctx.Err() == nil {
+			d.busState(false, err)
+		}
+		return
+	}
+	<-ctx.Done()
+	api.Close()
+}
+
+// busState takes in whether D-Bus is served, and says so.
+func (d *daemon) busState(owned bool, err error) {
+	why := ""
+	if !owned && err != nil {
+		why = err.Error()
+	}
+	d.mu.Lock()
+	d.bus = why
+	d.mu.Unlock()
+	d.stateChanged()
+	switch {
+	case owned:
+		d.log.Info("serving org.castra.Bus1 on the message bus")
+	case errors.Is(err, dbusapi.ErrNameTaken):
+		d.log.WithField("socket", d.cfg.Bus.Socket).Warn("org.castra.Bus1 is owned by another process, as on a host that is itself a VM; serving the socket alone")
+	case err != nil:
+		d.log.WithError(err).WithField("socket", d.cfg.Bus.Socket).Warn("no message bus: serving the socket alone; trying again in the background")
+	}
+}
+
+// stateChanged makes keepStatus look. It does not wait.
+func (d *daemon) stateChanged() {
+	select {
+	case d.changed <- struct{}{}:
+	default:
+	}
+}
+
+// keepStatus keeps the line in `systemctl status` true.
+func (d *daemon) keepStatus(ctx context.Context) {
+	for {
+		if err := d.status.Set(d.statusLine()); err != nil {
+			d.log.WithError(err).Debug("the service manager was not told")
+		}
+		select {
+		case <-d.changed:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+func (d *daemon) statusLine() string {
+	line := d.agent.Summary()
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.bus != "" {
+		line += "; serving the socket alone: " + d.bus
+	}
+	return line
+}
+
+// notify tells the service manager; it can do without.
+func (d *daemon) notify(state string) {
+	if err := sdnotify.Notify(state); err != nil {
+		d.log.WithError(err).Debug("the service manager was not told")
+	}
+}
+
+// reload takes the configuration in again, as far as it may change: where the host
+// is and what is always listened to.
+func (d *daemon) reload() {
+	if err := sdnotify.Reloading(); err != nil {
+		d.log.WithError(err).Debug("the service manager was not told")
+	}
+	if err := d.reconfigure(); err != nil {
+		d.log.WithError(err).Error("the configuration is kept as it was")
+	} else {
+		d.log.Info("the configuration was read again")
+	}
+	d.notify("READY=1")
+}
+
+func (d *daemon) reconfigure() error {
+	cfg, err := load(d.path)
+	if err != nil {
+		return err
+	}
+	address, err := d.env.address(cfg)
+	if err != nil {
+		return err
+	}
+	if err := d.agent.Reload(address, cfg.Bus.Subscribe); err != nil {
+		return err
+	}
+	old := d.cfg.Bus
+	if cfg.Identity != d.cfg.Identity || cfg.Bus.Socket != old.Socket || cfg.Bus.SpoolDir != old.SpoolDir || cfg.Bus.SpoolSize != old.SpoolSize {
+		d.log.Warn("[identity], socket and spool are read at the start alone; restart castra-guestd to change them")
+	}
+	return nil
+}

@@ -10,6 +10,10 @@ BENCH    ?= .
 COMMANDS := castrad castra-guestd castractl
 VERSION  := $(shell scripts/version)
 
+# The race detector wants a C compiler; the D-Bus tests a message bus, and busctl, which
+# is systemd's.
+UNIT_NEEDS := gcc libc6-dev dbus-daemon systemd
+
 # Where Go has never run, what it keeps goes into the checkout: trying Castra out
 # leaves nothing in a home.
 ifeq ($(wildcard $(HOME)/go $(HOME)/.config/go $(HOME)/.cache/go-build),)
@@ -28,6 +32,11 @@ build: ## bin/: static, version-stamped, the same bytes from any directory
 	CGO_ENABLED=0 go build -trimpath -buildvcs=false \
 	  -ldflags '-s -w -X main.version=$(VERSION)' -o bin/ $(COMMANDS:%=./%)
 
+# Where Debian's packages have their files. The system's services are not touched.
+.PHONY: install
+install: build ## into DESTDIR: the commands, units, D-Bus and polkit files, configuration
+	scripts/install '$(DESTDIR)'
+
 .PHONY: check
 check: build lint unit ## the quick loop: build, lint, unit tests with the race detector
 
@@ -36,17 +45,16 @@ lint:
 	scripts/need shellcheck
 	scripts/lint
 
-# The race detector needs a C compiler.
 .PHONY: unit
 unit:
-	scripts/need gcc libc6-dev
+	scripts/need $(UNIT_NEEDS)
 	go test -race ./...
 	@echo 'unit: the end-to-end tests were left out; make test runs them'
 
 .PHONY: test
 test: ## every test, with real processes and a real VM; installs what it needs
-	scripts/need gcc libc6-dev shellcheck dbus-daemon qemu-system-x86 mmdebstrap e2fsprogs
-	$(MAKE) --no-print-directory -j2 -O check vm-base
+	scripts/need $(UNIT_NEEDS) shellcheck qemu-system-x86 mmdebstrap e2fsprogs systemd-container procps
+	$(MAKE) --no-print-directory -j3 -O check vm-base host-root
 	$(MAKE) --no-print-directory e2e
 
 .PHONY: e2e
@@ -64,6 +72,10 @@ vm: build ## boot a Debian VM with castra-guestd in it; a prompt beside it
 .PHONY: vm-base
 vm-base: # so that the download runs beside the linters
 	scripts/vm-base
+
+.PHONY: host-root
+host-root:
+	scripts/host-root
 
 .PHONY: bench
 bench: build ## the benchmarks; BENCH=regexp picks

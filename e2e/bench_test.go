@@ -205,7 +205,7 @@ func BenchmarkAckedRate(b *testing.B) {
 		if err != nil {
 			b.Fatal(err)
 		}
-		defer p.Close()
+		b.Cleanup(func() { _ = p.Close() })
 		work.Go(func() {
 			burst := func(n int) bool {
 				w := p.(*wirePeer)

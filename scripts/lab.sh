@@ -17,7 +17,7 @@ lab_open() {
     rmdir "$LAB"
     die "the path of this checkout is too long for Unix sockets in it ($LAB)"
   fi
-  # Inherited by all that is started here, so that lab_close can find what escaped.
+  # A mark, inherited by all that is started here: lab_close finds what escaped by it.
   export CASTRA_LAB=$LAB
   trap lab_close EXIT
   trap 'exit 130' INT
@@ -60,12 +60,12 @@ until_ok() {
   done
 }
 
-# Kills and names the processes that bear this lab's mark. The script itself does not:
-# /proc shows the environment that a process was started with.
+# lab_left MARK: kills and names the processes that bear it. The script itself does not
+# bear $LAB: /proc shows the environment that a process was started with.
 lab_left() {
   local p
   for p in /proc/[0-9]*; do
-    if grep -qzFx "CASTRA_LAB=$LAB" "$p/environ" 2>/dev/null; then
+    if grep -qzFx "CASTRA_LAB=$1" "$p/environ" 2>/dev/null; then
       echo "  ${p#/proc/} $(tr '\0' ' ' <"$p/cmdline" 2>/dev/null)"
       kill -KILL "${p#/proc/}"
     fi
@@ -78,7 +78,7 @@ lab_close() {
   trap '' INT TERM HUP # a second Ctrl-C must not leave half of it running
   # The daemons go before the message buses that were started for them.
   for ((i = ${#lab_pids[@]} - 1; i >= 0; i--)); do stop "${lab_pids[i]}"; done
-  left=$(lab_left)
+  left=$(lab_left "$LAB")
   if [ -n "$left" ]; then
     printf '%s: had to kill:\n%s\n' "${0##*/}" "$left" >&2
     rc=1

@@ -117,7 +117,7 @@ func checkTopic(topic string) error {
 	if wire.ValidTopic(topic) {
 		return nil
 	}
-	return fmt.Errorf("%q is no topic: 1 to %d of A-Z a-z 0-9 . _ : / -, and a VM's name behind vm:", topic, wire.MaxTopic)
+	return fmt.Errorf("%q is no topic: 1 to %d of A-Z a-z 0-9 . _ : / -, where vm: is followed by a VM's name", topic, wire.MaxTopic)
 }
 
 // readPayload reads what source names: a file, standard input, or itself.

@@ -46,3 +46,15 @@ func TestTableWidths(t *testing.T) {
 		}
 	}
 }
+
+func TestTableEscapes(t *testing.T) {
+	tab := table{columns: []column{{title: "VM"}, {title: "TOPIC"}}}
+	tab.add(cell{"evil\x1b[2J", plain}, cell{"", plain})
+	var out strings.Builder
+	if err := tab.write(&out, &Streams{}, false); err != nil {
+		t.Fatal(err)
+	}
+	if want := `evil\u001b[2J  -` + "\n"; out.String() != want {
+		t.Errorf("%q, want %q", out.String(), want)
+	}
+}

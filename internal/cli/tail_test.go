@@ -1,11 +1,13 @@
 package cli
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -122,11 +124,12 @@ func TestTailBadStreams(t *testing.T) {
 		"not JSON":   {record(1, "1") + "garbage\n", "reading a record"},
 		"a long one": {record(1, "1") + strings.Repeat("x", maxLine+1), "over 131072 bytes"},
 		"half a one": {record(1, "1") + `{"seq":2,`, "unexpected EOF"},
+		"an error":   {record(1, "1") + `{"type":"error","code":"internal","reason":"the disk broke"}` + "\n", "internal: the disk broke"},
 	} {
+		t.Log(name)
 		var asked []bus.TailRequest
 		r := run(t, streams(&asked, nil, c.text), []string{"bus", "tail", "--no-follow", "-o", "json"})
 		r.want(t, ExitFailed, record(1, "1"), c.err)
-		_ = name
 	}
 }
 
@@ -137,16 +140,27 @@ func TestTailOutlivesRestart(t *testing.T) {
 		var asked []bus.TailRequest
 		c := streams(&asked, dbusclient.ErrNotRunning,
 			record(1, "1")+record(2, "2"),
+			`{"type":"error","code":"shutting-down","reason":"bye"}`+"\n",
 			gap+`{"seq":8,"ti`, // cut off in the middle of a record
 			record(8, "8"),
 		)
 		began := time.Now()
-		r := run(t, c, []string{"bus", "tail", "-o", "json", "--vm", "web1"})
+		var starts []Start
+		r := run(t, c, []string{"bus", "tail", "-o", "json", "--vm", "web1"}, func(f *Factory) {
+			dial := f.Dial
+			f.Dial = func(ctx context.Context, start Start) (Client, error) {
+				starts = append(starts, start)
+				return dial(ctx, start)
+			}
+		})
 		r.want(t, ExitNoCastrad, record(1, "1")+record(2, "2")+gap+record(8, "8"), "daemon not running")
 		if !strings.Contains(r.err, "the daemon has gone") {
 			t.Errorf("the break is not said: %q", r.err)
 		}
-		for i, from := range []uint64{0, 3, 8, 9} {
+		if starts[0] != MayStart || slices.Contains(starts[1:], MayStart) {
+			t.Errorf("a castrad that was stopped is started again: %v", starts)
+		}
+		for i, from := range []uint64{0, 3, 3, 8, 9} {
 			if asked[i].From != from || asked[i].VM != "web1" || (asked[i].Lines > 0) != (i == 0) {
 				t.Errorf("request %d: %+v, want from %d", i, asked[i], from)
 			}

@@ -5,8 +5,12 @@ import (
 	"encoding/json"
 	"errors"
 	"os"
+	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/castrabus/castra/internal/bus"
 )
@@ -129,27 +133,59 @@ func TestVMAddUnwritable(t *testing.T) {
 	if len(reg) > 0 {
 		t.Errorf("registered: %v", reg)
 	}
-	// A device that is always full fails after the registration, which is undone.
-	// O_EXCL keeps castractl from opening it, so the file is put in its place here.
-	full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
-	if err != nil {
-		t.Skip(err)
-	}
-	key := &keyFile{path: "web1.castra-key", file: full}
-	cause := key.write(testKey())
-	if cause == nil {
-		t.Fatal("a full device took the key")
+
+	// The disk is full once the VM is registered: that is undone.
+	for undone, want := range map[bool]string{true: "its registration is taken back", false: "castractl vm remove web1"} {
+		client := reg.client()
+		add := client.addVM
+		client.addVM = func(req bus.AddVMRequest) (bool, []byte, error) {
+			fill(t, "web1.castra-key")
+			return add(req)
+		}
+		if !undone {
+			client.removeVM = func(string) error { return errors.New("no luck") }
+		}
+		run(t, client, []string{"vm", "add", "web1"}).want(t, ExitFailed, "", want)
+		wantNoFile(t, "web1.castra-key")
+		if len(reg) > 0 == undone {
+			t.Errorf("undone: %v, registered: %v", undone, reg)
+		}
+		delete(reg, "web1")
 	}
 	reg["web1"] = true
-	f := &Factory{}
 	client := reg.client()
-	client.t = t
-	if err := f.undoAdd(t.Context(), client, "web1", cause); !strings.Contains(err.Error(), "taken back") || len(reg) > 0 {
-		t.Errorf("undone: %v; registered: %v", err, reg)
+	client.rekeyVM = func(string) ([]byte, error) {
+		fill(t, "web1.castra-key")
+		return testKey(), nil
 	}
-	if err := f.undoAdd(t.Context(), client, "web1", cause); !strings.Contains(err.Error(), "castractl vm remove web1") {
-		t.Errorf("not undone: %v", err)
+	run(t, client, []string{"vm", "rekey", "web1"}).want(t, ExitFailed, "", "its copy is lost")
+}
+
+// fill puts the device that is always full behind the descriptor of an open file.
+func fill(t *testing.T, name string) {
+	t.Helper()
+	full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
 	}
+	defer full.Close()
+	fds, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, entry := range fds {
+		if path, _ := os.Readlink("/proc/self/fd/" + entry.Name()); filepath.Base(path) == name {
+			fd, err := strconv.Atoi(entry.Name())
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := unix.Dup3(int(full.Fd()), fd, unix.O_CLOEXEC); err != nil {
+				t.Fatal(err)
+			}
+			return
+		}
+	}
+	t.Fatalf("%s is not open", name)
 }
 
 func TestVMAddUsage(t *testing.T) {

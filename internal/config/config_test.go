@@ -321,6 +321,20 @@ func keys(prefix string, typ reflect.Type) []string {
 	return all
 }
 
+func TestErrorText(t *testing.T) {
+	for want, e := range map[string]Error{
+		"/f, line 3: a.b: is bad": {"/f", 3, "a.b", "is bad"},
+		"/f, line 3: is bad":      {"/f", 3, "", "is bad"},
+		"/f: is bad":              {"/f", 0, "", "is bad"},
+		"line 3: a.b: is bad":     {"", 3, "a.b", "is bad"},
+		"is bad":                  {"", 0, "", "is bad"},
+	} {
+		if e.Error() != want {
+			t.Errorf("%q, want %q", e.Error(), want)
+		}
+	}
+}
+
 func FuzzDecode(f *testing.F) {
 	f.Add("[broker]\nlisten = [\"a\"]\n[store]\nsync = \"1s\"\n")
 	f.Add("a.b.c = {d = [[1], {e = 2}]}\n[[broker]]\n")

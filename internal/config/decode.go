@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"reflect"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/BurntSushi/toml"
@@ -13,7 +14,7 @@ import (
 
 // Error is one mistake in a configuration file.
 type Error struct {
-	File   string
+	File   string // empty: whoever asked knows
 	Line   int    // counted from 1; 0: the mistake is nowhere in particular
 	Key    string // "store.segment_size"; empty: the text is no TOML
 	Reason string // what is wrong, and what is allowed
@@ -21,14 +22,12 @@ type Error struct {
 
 // Error gives file, line, key and reason on one line.
 func (e *Error) Error() string {
-	s := e.File
+	where := e.File
 	if e.Line > 0 {
-		s += fmt.Sprintf(", line %d", e.Line)
+		where = strings.TrimPrefix(fmt.Sprintf("%s, line %d", e.File, e.Line), ", ")
 	}
-	if e.Key != "" {
-		s += ": " + e.Key
-	}
-	return s + ": " + e.Reason
+	parts := slices.DeleteFunc([]string{where, e.Key, e.Reason}, func(s string) bool { return s == "" })
+	return strings.Join(parts, ": ")
 }
 
 // Decode reads the TOML text of file into the struct that dst points to, whose
@@ -86,8 +85,8 @@ type decoder struct {
 
 func (d *decoder) table(path toml.Key, values map[string]toml.Primitive, dst reflect.Value) {
 	fields := make(map[string]reflect.Value, dst.NumField())
-	for i := range dst.NumField() {
-		fields[dst.Type().Field(i).Tag.Get("toml")] = dst.Field(i)
+	for f, v := range dst.Fields() {
+		fields[f.Tag.Get("toml")] = v
 	}
 	for name, value := range values {
 		key := append(slices.Clone(path), name)

@@ -60,18 +60,18 @@ type authorizer struct {
 	dialogs chan struct{} // capacity maxDialogs: one token a dialog that may be open
 
 	mu      sync.Mutex
-	polkit  presence
+	polkit  polkitState
 	changes uint   // of polkit's owner, so that an answer from before one is not kept
 	checks  uint64 // numbers the checks that may be cancelled
 	failing bool   // polkit is there and does not answer: it was logged
 }
 
-type presence int
+type polkitState int
 
 const (
-	presenceUnknown presence = iota
-	present
-	absent
+	polkitUnknown polkitState = iota
+	polkitThere
+	polkitAbsent
 )
 
 func newAuthorizer(s *Server, conn *busConn) *authorizer {
@@ -90,7 +90,7 @@ func (a *authorizer) watch(ctx context.Context) error {
 func (a *authorizer) ownerChanged(name string) {
 	if name == polkitName {
 		a.mu.Lock()
-		a.polkit = presenceUnknown
+		a.polkit = polkitUnknown
 		a.changes++
 		a.mu.Unlock()
 	}
@@ -191,8 +191,8 @@ func (a *authorizer) polkitPresent(ctx context.Context) bool {
 	a.mu.Lock()
 	state, changes := a.polkit, a.changes
 	a.mu.Unlock()
-	if state != presenceUnknown {
-		return state == present
+	if state != polkitUnknown {
+		return state == polkitThere
 	}
 	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
 	defer cancel()
@@ -209,9 +209,9 @@ func (a *authorizer) polkitPresent(ctx context.Context) bool {
 	there := reply[0] == true
 	a.mu.Lock()
 	if a.changes == changes {
-		a.polkit = absent
+		a.polkit = polkitAbsent
 		if there {
-			a.polkit = present
+			a.polkit = polkitThere
 		}
 	}
 	a.mu.Unlock()

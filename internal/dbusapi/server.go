@@ -30,7 +30,7 @@ type Bus interface {
 	// names, all of them.
 	Status(vms []string) bus.Status
 	// Watch has fn called after each change of a VM that a person would watch,
-	// from one goroutine and under no lock. No call begins once cancel returned.
+	// from one goroutine and under no lock, until cancel is called.
 	Watch(fn func(vm bus.VM, removed bool)) (cancel func())
 }
 
@@ -50,7 +50,8 @@ type Options struct {
 	Bus      Bus
 	Registry Registry // nil: VMs are not admitted here
 	// OnState is told, from the server's goroutine, whether the name is owned and
-	// if not why: once before Start returns, and then once a change. It may be nil.
+	// if not why: once before Start returns, and then once a change. It may be nil,
+	// and must not call Close.
 	OnState func(owned bool, err error)
 }
 
@@ -74,9 +75,8 @@ type Server struct {
 	hooks  hooks
 	dirty  *dirtySet
 
-	stop    context.CancelFunc
-	unwatch func()
-	done    chan struct{} // closed when the server's goroutine has ended
+	stop context.CancelFunc
+	done chan struct{} // closed when the server's goroutine has ended
 }
 
 // hooks is what tests replace.
@@ -120,11 +120,12 @@ func start(ctx context.Context, opts Options, h hooks) (*Server, error) {
 	if brokerOf(opts.Bus).Kind == "guest" {
 		s.daemon = "castra-guestd"
 	}
-	s.unwatch = opts.Bus.Watch(func(vm bus.VM, _ bool) { s.dirty.mark(vm.VM) })
+	unwatch := opts.Bus.Watch(func(vm bus.VM, _ bool) { s.dirty.mark(vm.VM) })
 	ctx, s.stop = context.WithCancel(ctx)
 	first := make(chan error, 1) // one result: the server never waits for Start
 	go func() {
 		defer close(s.done)
+		defer unwatch()
 		s.run(ctx, first)
 	}()
 	if err := <-first; err != nil {
@@ -140,7 +141,6 @@ func start(ctx context.Context, opts Options, h hooks) (*Server, error) {
 func (s *Server) Close() {
 	s.stop()
 	<-s.done
-	s.unwatch()
 }
 
 // run keeps the name owned. It sends to first once.

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"sync"
 	"time"
@@ -29,13 +30,15 @@ const (
 // lines, one writes its answers and what it is subscribed to.
 type client struct {
 	agent *Agent
-	conn  net.Conn
+	conn  *net.UnixConn
 
 	// wake has room for one: it tells the writer to look.
 	wake chan struct{}
 	// owed has a token for each answer that is not written yet, maxOwed at most:
 	// the reader waits for room.
 	owed chan struct{}
+
+	breached bool // of the reader, and of run once that has ended
 
 	mu      sync.Mutex
 	answers []*answer // not yet in out; in the order of the lines; at most maxOwed
@@ -63,7 +66,7 @@ type mark struct {
 	seq uint64
 }
 
-func newClient(a *Agent, conn net.Conn) *client {
+func newClient(a *Agent, conn *net.UnixConn) *client {
 	return &client{
 		agent: a, conn: conn,
 		wake: make(chan struct{}, 1), owed: make(chan struct{}, maxOwed),
@@ -75,7 +78,10 @@ func newClient(a *Agent, conn net.Conn) *client {
 func (c *client) run(ctx context.Context) {
 	reading, cancel := context.WithCancel(ctx)
 	defer cancel()
-	stopReading := context.AfterFunc(reading, func() { _ = c.conn.SetReadDeadline(time.Unix(1, 0)) })
+	var ended sync.Once // the deadline must not strike behind the reader's end
+	stopReading := context.AfterFunc(reading, func() {
+		ended.Do(func() { _ = c.conn.SetReadDeadline(time.Unix(1, 0)) })
+	})
 	defer stopReading()
 	shutdown := context.AfterFunc(ctx, c.shut)
 	defer shutdown()
@@ -85,6 +91,7 @@ func (c *client) run(ctx context.Context) {
 		cancel() // a client that cannot be written to need not be read
 	})
 	c.read(reading)
+	ended.Do(func() {})
 	if ctx.Err() == nil {
 		// It still gets its answers, for as long as it takes to know them.
 		_ = c.conn.SetWriteDeadline(time.Now().Add(ackPatience + farewell))
@@ -95,6 +102,13 @@ func (c *client) run(ctx context.Context) {
 	cancel()
 	c.unsubscribeAll()
 	writer.Wait()
+	if c.breached {
+		// What is left unread here would make the kernel reset the connection, and
+		// perhaps the client not see why it ends.
+		if c.conn.CloseWrite() == nil && c.conn.SetReadDeadline(time.Now().Add(farewell)) == nil {
+			_, _ = io.CopyN(io.Discard, c.conn, clientBuffer)
+		}
+	}
 	_ = c.conn.Close()
 }
 
@@ -130,6 +144,7 @@ func (c *client) read(ctx context.Context) {
 // breach ends the connection for what the client sent, once the lines before it are
 // answered. The line's token is taken.
 func (c *client) breach(reason string) {
+	c.breached = true
 	c.mu.Lock()
 	c.closed = true
 	c.answers = append(c.answers, &answer{line: appendError(nil, codeProtocol, reason)})
@@ -228,8 +243,12 @@ func (c *client) write(ctx context.Context) {
 	for {
 		c.mu.Lock()
 		n, next := c.collect()
-		out, marks := c.out, c.marks
-		c.out, c.marks = spare[:0], nil
+		var out []byte
+		var marks []mark
+		if len(c.out) > 0 {
+			out, marks = c.out, c.marks
+			c.out, c.marks, spare = spare[:0], nil, nil
+		}
 		// A client that ended its side still gets its answers.
 		finished := (done == nil || c.closed) && len(c.answers) == 0
 		c.mu.Unlock()

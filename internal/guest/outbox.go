@@ -213,7 +213,10 @@ func (o *outbox) answer(m *wire.Message) error {
 	case string(m.Status) == "ok":
 		o.published++
 		o.lastPublish = time.Now()
-		if o.accepted++; o.accepted >= o.window && o.window < windowRecords {
+		if len(o.again) == 0 {
+			o.accepted++
+		}
+		if o.accepted >= o.window && o.window < windowRecords {
 			o.window, o.accepted = o.window+1, 0
 		}
 		told = o.settle(f.pos, result{seq: m.Seq})

@@ -9,19 +9,16 @@ import (
 	"io"
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"syscall"
-	"time"
-
-	"github.com/BurntSushi/toml"
-
-	"github.com/castrabus/castra/internal/wire"
 )
 
 const (
 	recordSuffix = ".json"
 	dropInSuffix = ".toml"
+	// tmpSuffix ends, and a dot begins, the name of a record that is being
+	// written. No VM's name begins with a dot.
+	tmpSuffix = ".tmp"
 
 	// maxFile is more than any honest file of a VM takes.
 	maxFile = 64 << 10
@@ -30,22 +27,84 @@ const (
 // record is a VM's file in the directory that commands write.
 type record struct {
 	VM       string   `json:"vm"`
-	Created  int64    `json:"created"`       // Unix seconds
-	Key      []byte   `json:"key,omitempty"` // base64; absent: admitted without proof
-	Forwards []string `json:"forwards,omitempty"`
+	Created  int64    `json:"created"` // Unix seconds
+	Key      string   `json:"key"`     // base64; empty: admitted without proof
+	Forwards []string `json:"forwards"`
 }
 
-// readFile reads a regular file of bounded size. A link is refused: what it
-// points to may not be castrad's to trust.
-func readFile(path string) ([]byte, error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
+// prepare makes the directory that commands write, for castrad's user alone, and
+// clears away what a crash left there.
+func (r *Registry) prepare() error {
+	if err := os.MkdirAll(r.dir, 0o700); err != nil {
+		return err
+	}
+	if err := r.syncDir(filepath.Dir(r.dir)); err != nil {
+		return err
+	}
+	if err := os.Chmod(r.dir, 0o700); err != nil {
+		return err
+	}
+	files, err := os.ReadDir(r.dir)
+	if err != nil {
+		return err
+	}
+	for _, f := range files {
+		if name := f.Name(); strings.HasPrefix(name, ".") && strings.HasSuffix(name, tmpSuffix) {
+			if err := os.Remove(filepath.Join(r.dir, name)); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// write writes e's file such that a power cut leaves the old one or the new one,
+// and after it has returned without an error the new one. placed says whether the
+// new one stands there, though it may not last.
+func (r *Registry) write(e Entry) (placed bool, err error) {
+	rec := record{VM: e.Name, Created: e.created, Key: base64.StdEncoding.EncodeToString(e.Key), Forwards: e.Forwards}
+	data, err := json.Marshal(rec)
+	if err != nil {
+		return false, err
+	}
+	tmp := filepath.Join(r.dir, "."+e.Name+tmpSuffix)
+	f, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC|syscall.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return false, err
+	}
+	_, err = f.Write(append(data, '\n'))
+	if err == nil {
+		err = r.sync(f)
+	}
+	err = errors.Join(err, f.Close())
+	if err == nil {
+		err = os.Rename(tmp, e.Source)
+	}
+	if err != nil {
+		return false, errors.Join(err, os.Remove(tmp))
+	}
+	return true, r.syncDir(r.dir)
+}
+
+func (r *Registry) syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(r.sync(d), d.Close())
+}
+
+// readFile reads a regular file of bounded size.
+func readFile(path string, flags int) ([]byte, error) {
+	// Not to wait for whoever might write into a pipe.
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK|flags, 0)
 	if errors.Is(err, syscall.ELOOP) {
 		return nil, errors.New("it is a symbolic link")
 	}
 	if err != nil {
 		return nil, err
 	}
-	defer func() { _ = f.Close() }() // opened for reading
+	defer func() { _ = f.Close() }() // it was opened for reading
 	if st, err := f.Stat(); err != nil {
 		return nil, err
 	} else if !st.Mode().IsRegular() {
@@ -58,165 +117,63 @@ func readFile(path string) ([]byte, error) {
 	return data, err
 }
 
-func checkName(name string) error {
-	if wire.Reserved(name) || !wire.ValidName(name) {
-		return fmt.Errorf("%q is no name for a VM", name)
-	}
-	return nil
-}
-
-func checkKey(key []byte) error {
-	if len(key) != KeySize {
-		return fmt.Errorf("the key has %d bytes, not %d", len(key), KeySize)
-	}
-	return nil
-}
-
-func parseRecord(name, path string) (Entry, error) {
-	data, err := readFile(path)
+// readRecord reads the file that registers name.
+func readRecord(name, path string) (Entry, error) {
+	// A link leads out of the directory that castrad's user alone may write.
+	data, err := readFile(path, syscall.O_NOFOLLOW)
 	if err != nil {
 		return Entry{}, err
 	}
-	var rec record
-	dec := json.NewDecoder(bytes.NewReader(data))
-	dec.DisallowUnknownFields()
-	if err := dec.Decode(&rec); err != nil {
+	rec, err := parseRecord(data)
+	if err != nil {
 		return Entry{}, err
 	}
 	if rec.VM != name {
-		return Entry{}, fmt.Errorf("it says that it is for %q", rec.VM)
+		return Entry{}, fmt.Errorf("it says that it is for the VM %q", rec.VM)
 	}
-	if rec.Key != nil {
-		if err := checkKey(rec.Key); err != nil {
-			return Entry{}, err
+	e := Entry{Name: name, Forwards: rec.Forwards, Source: path, created: rec.Created}
+	if rec.Key != "" {
+		if e.Key, err = decodeKey(rec.Key); err != nil {
+			return Entry{}, fmt.Errorf("its key: %w", err)
 		}
 	}
-	return Entry{Name: name, Key: rec.Key, Forwards: rec.Forwards, Source: path}, checkName(name)
+	return e, nil
 }
 
-// dropIn is a VM's file in vms_dir. Exactly one of the first three is set.
-type dropIn struct {
-	Key      string   `toml:"key"`      // base64
-	KeyFile  string   `toml:"key_file"` // 32 bytes, relative to the file itself
-	NoKey    bool     `toml:"no_key"`
-	Forwards []string `toml:"forwards"`
-}
-
-func parseDropIn(name, path string) (Entry, error) {
-	data, err := readFile(path)
-	if err != nil {
-		return Entry{}, err
+// parseRecord is strict where encoding/json is not: who wrote "Key" in place of
+// "key", or one of them twice, would be admitted without proof.
+func parseRecord(data []byte) (record, error) {
+	var rec record
+	var vm, key *string
+	members := map[string]any{"vm": &vm, "created": &rec.Created, "key": &key, "forwards": &rec.Forwards}
+	dec := json.NewDecoder(bytes.NewReader(data))
+	if t, err := dec.Token(); err != nil || t != json.Delim('{') {
+		return rec, errors.New("it is no JSON object")
 	}
-	var d dropIn
-	meta, err := toml.Decode(string(data), &d)
-	if err != nil {
-		return Entry{}, err
-	}
-	if unknown := meta.Undecoded(); len(unknown) > 0 {
-		return Entry{}, fmt.Errorf("unknown key %s; known are key, key_file, no_key and forwards", unknown[0])
-	}
-	e := Entry{Name: name, Forwards: d.Forwards, Source: path, DropIn: true}
-	given := 0
-	for _, set := range []bool{d.Key != "", d.KeyFile != "", d.NoKey} {
-		if set {
-			given++
-		}
-	}
-	switch {
-	case given != 1:
-		return Entry{}, errors.New("it needs one of key, key_file and no_key = true")
-	case d.Key != "":
-		if e.Key, err = base64.StdEncoding.DecodeString(d.Key); err != nil {
-			return Entry{}, errors.New("key is not base64")
-		}
-	case d.KeyFile != "":
-		file := d.KeyFile
-		if !filepath.IsAbs(file) {
-			file = filepath.Join(filepath.Dir(path), file)
-		}
-		if e.Key, err = readFile(file); err != nil {
-			return Entry{}, fmt.Errorf("key_file: %w", err)
-		}
-	}
-	if !d.NoKey {
-		if err := checkKey(e.Key); err != nil {
-			return Entry{}, err
-		}
-	}
-	return e, checkName(name)
-}
-
-// writeRecord writes e's file such that a power cut leaves the old one or the
-// new one, and after it has returned the new one.
-func writeRecord(e Entry, now time.Time) error {
-	data, err := json.Marshal(record{VM: e.Name, Created: now.Unix(), Key: e.Key, Forwards: e.Forwards})
-	if err != nil {
-		return err
-	}
-	// No VM's name begins with a dot.
-	tmp := filepath.Join(filepath.Dir(e.Source), "."+e.Name+".tmp")
-	f, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(append(data, '\n'))
-	if err == nil {
-		err = f.Sync()
-	}
-	if err = errors.Join(err, f.Close()); err != nil {
-		return errors.Join(err, os.Remove(tmp))
-	}
-	if err := os.Rename(tmp, e.Source); err != nil {
-		return err
-	}
-	return syncDir(filepath.Dir(e.Source))
-}
-
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
-}
-
-// checkForwards checks e's forwards, also against those of the others: a port
-// of the host leads to one VM.
-func checkForwards(e Entry, others map[string]Entry) error {
-	taken := make(map[string]string)
-	for name, o := range others {
-		if name == e.Name {
-			continue // about to be replaced
-		}
-		for _, fwd := range o.Forwards {
-			if proto, host, _, err := parseForward(fwd); err == nil {
-				taken[proto+strconv.Itoa(host)] = name
-			}
-		}
-	}
-	for _, fwd := range e.Forwards {
-		proto, host, _, err := parseForward(fwd)
+	for dec.More() {
+		t, err := dec.Token()
 		if err != nil {
-			return err
+			return rec, fmt.Errorf("it is broken: %w", err)
 		}
-		key := proto + strconv.Itoa(host)
-		if owner, ok := taken[key]; ok {
-			return fmt.Errorf("forward %s: port %d of the host leads to %s already", fwd, host, owner)
+		name, _ := t.(string) // a member's name always is one
+		dst, ok := members[name]
+		if !ok {
+			return rec, fmt.Errorf("its member %q is unknown, or there twice; vm, created, key and forwards are allowed", name)
 		}
-		taken[key] = e.Name
-	}
-	return nil
-}
-
-// parseForward takes "tcp:HOST:GUEST" apart.
-func parseForward(s string) (proto string, host, guest int, err error) {
-	parts := strings.Split(s, ":")
-	if len(parts) == 3 && (parts[0] == "tcp" || parts[0] == "udp") {
-		h, herr := strconv.ParseUint(parts[1], 10, 16)
-		g, gerr := strconv.ParseUint(parts[2], 10, 16)
-		if herr == nil && gerr == nil && h > 0 && g > 0 {
-			return parts[0], int(h), int(g), nil
+		delete(members, name)
+		if err := dec.Decode(dst); err != nil {
+			return rec, fmt.Errorf("its member %q: %w", name, err)
 		}
 	}
-	return "", 0, 0, fmt.Errorf("forward %q is not tcp:HOSTPORT:GUESTPORT or udp:HOSTPORT:GUESTPORT", s)
+	if _, err := dec.Token(); err != nil {
+		return rec, errors.New("it ends too early")
+	}
+	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
+		return rec, errors.New("something follows the JSON object")
+	}
+	if vm == nil || key == nil {
+		return rec, errors.New(`it lacks "vm" or "key", which is empty where the VM has none`)
+	}
+	rec.VM, rec.Key = *vm, *key
+	return rec, nil
 }

@@ -7,14 +7,13 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
-	"io/fs"
 	"maps"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/castrabus/castra/internal/bus"
@@ -27,180 +26,214 @@ const KeySize = 32
 // Entry is a registered VM. Its slices must not be changed.
 type Entry struct {
 	Name     string
-	Key      []byte   // nil: the name is admitted without proof
-	Forwards []string // "tcp:HOST:GUEST"
+	Key      []byte   // KeySize bytes; nil: the name is admitted without proof
+	Forwards []string // "tcp:HOSTPORT:GUESTPORT"
 	Source   string   // the file that it comes from
 	DropIn   bool     // kept as a file by an administrator, not by command
+
+	created int64 // Unix seconds; 0: nobody wrote it down
 }
 
-// Problem is a file that could not be used.
-type Problem struct{ File, Reason string }
-
-// Registry holds the VMs of two directories: one that commands write, and one
-// of drop-in files, which win. Its methods may be called by anybody.
+// Registry holds the VMs of two directories: one that commands write, and one of
+// drop-in files, which win. Its methods may be called by anybody at any time;
+// those that change something wait for the disk and for each other, and nobody
+// else waits for them.
 type Registry struct {
 	dir, dropins string
+	sync         func(*os.File) error // (*os.File).Sync
 
-	entries atomic.Pointer[map[string]Entry] // replaced, never changed in place
-	mu      sync.Mutex                       // held by whoever changes files or entries
+	changing sync.Mutex // held by whoever changes files or entries
+
+	mu      sync.RWMutex // never held while the disk is waited for
+	entries map[string]Entry
+	ports   map[string]string // whose a port of the host is: see portOf
 }
 
-// Open reads the registry. Files that cannot be used are left out and told of;
-// an error means that the registry cannot work at all.
+// Open reads the registry, and makes dir if it is missing. Files that cannot be
+// used are left out and told of; an error means that the registry cannot work at
+// all. dropins may be missing, or empty for none.
 func Open(dir, dropins string) (*Registry, []Problem, error) {
-	// Keys are for castrad's user alone.
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return nil, nil, fmt.Errorf("creating the registry of VMs: %w", err)
+	r := &Registry{dir: dir, dropins: dropins, sync: (*os.File).Sync}
+	if err := r.prepare(); err != nil {
+		return nil, nil, fmt.Errorf("preparing the registry of VMs: %w", err)
 	}
-	r := &Registry{dir: dir, dropins: dropins}
 	problems, err := r.Reload()
-	return r, problems, err
+	if err != nil {
+		return nil, nil, err
+	}
+	return r, problems, nil
 }
 
 // Lookup gives the VM called name. It touches no disk.
 func (r *Registry) Lookup(name string) (Entry, bool) {
-	e, ok := (*r.entries.Load())[name]
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	e, ok := r.entries[name]
 	return e, ok
 }
 
 // List gives all VMs by name.
 func (r *Registry) List() []Entry {
-	all := slices.Collect(maps.Values(*r.entries.Load()))
+	r.mu.RLock()
+	all := slices.Collect(maps.Values(r.entries))
+	r.mu.RUnlock()
 	slices.SortFunc(all, func(a, b Entry) int { return cmp.Compare(a.Name, b.Name) })
 	return all
 }
 
 // Len tells how many VMs are registered.
-func (r *Registry) Len() int { return len(*r.entries.Load()) }
-
-// Reload reads both directories again.
-func (r *Registry) Reload() ([]Problem, error) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	entries := make(map[string]Entry)
-	var problems []Problem
-	for _, source := range []struct {
-		dir, suffix string
-		parse       func(name, path string) (Entry, error)
-		optional    bool
-	}{
-		{r.dir, recordSuffix, parseRecord, false},
-		{r.dropins, dropInSuffix, parseDropIn, true},
-	} {
-		if source.dir == "" {
-			continue
-		}
-		files, err := os.ReadDir(source.dir)
-		if errors.Is(err, fs.ErrNotExist) && source.optional {
-			continue
-		}
-		if err != nil {
-			return nil, fmt.Errorf("reading the registry of VMs: %w", err)
-		}
-		for _, f := range files {
-			name, ok := strings.CutSuffix(f.Name(), source.suffix)
-			if !ok || strings.HasPrefix(name, ".") {
-				continue
-			}
-			path := filepath.Join(source.dir, f.Name())
-			e, err := source.parse(name, path)
-			if err == nil {
-				err = checkForwards(e, entries)
-			}
-			if err != nil {
-				problems = append(problems, Problem{File: path, Reason: err.Error()})
-				continue
-			}
-			entries[name] = e
-		}
-	}
-	r.entries.Store(&entries)
-	return problems, nil
+func (r *Registry) Len() int {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	return len(r.entries)
 }
 
-// Add registers a VM and gives its new key, nil if it has none. With IfMissing
-// a VM that is there already is left as it is, and created is false. It is on
-// disk before Add returns. The error is a *bus.Error.
+// Add registers a VM and gives its new key, nil if it has none. With IfMissing a
+// VM that is there already is left as it is, and created is false. When Add has
+// returned, a power cut does not undo it. The error is a *bus.Error.
 func (r *Registry) Add(req bus.AddVMRequest) (created bool, key []byte, err error) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	entries := maps.Clone(*r.entries.Load())
-	e := Entry{Name: req.Name, Forwards: req.Forwards, Source: r.path(req.Name)}
-	switch old, known := entries[req.Name]; {
-	case wire.Reserved(req.Name):
-		return false, nil, bus.Errorf(bus.CodeInvalidName, "the name %s is the host's own; choose another", req.Name)
-	case !wire.ValidName(req.Name):
-		return false, nil, bus.Errorf(bus.CodeInvalidName, "%q is no name for a VM: 1 to %d of A-Za-z0-9._-, beginning with a letter or digit", req.Name, wire.MaxName)
+	r.changing.Lock()
+	defer r.changing.Unlock()
+	if err := checkName(req.Name); err != nil {
+		return false, nil, bus.Errorf(bus.CodeInvalidName, "%v", err)
+	}
+	e := Entry{Name: req.Name, Forwards: slices.Clone(req.Forwards), Source: r.path(req.Name), created: time.Now().Unix()}
+	switch old, known := r.Lookup(req.Name); {
 	case known && req.IfMissing:
 		return false, nil, nil
+	case known && old.DropIn:
+		return false, nil, bus.Errorf(bus.CodeVMExists, "%s is registered already, by %s; change that file to change it", e.Name, old.Source)
 	case known:
-		return false, nil, bus.Errorf(bus.CodeVMExists, "%s is registered already (%s); castractl vm rekey %s gives it a new key", req.Name, old.Source, req.Name)
+		return false, nil, bus.Errorf(bus.CodeVMExists, "%s is registered already; castractl vm rekey %s gives it a new key", e.Name, e.Name)
 	}
-	if err := checkForwards(e, entries); err != nil {
+	// A file that is there and could not be used may hold a key that somebody
+	// still needs.
+	if _, err := os.Lstat(e.Source); err == nil {
+		return false, nil, bus.Errorf(bus.CodeVMExists, "%s cannot be used as it is; mend it and run systemctl reload castrad, or remove it: castractl vm remove %s", e.Source, e.Name)
+	}
+	if err := r.checkForwards(e); err != nil {
 		return false, nil, bus.Errorf(bus.CodeInvalidArg, "%v", err)
 	}
 	if !req.NoKey {
 		e.Key = newKey()
 	}
-	if err := writeRecord(e, time.Now()); err != nil {
-		return false, nil, bus.Errorf(bus.CodeInternal, "%s is not registered: %v", req.Name, err)
+	if placed, err := r.write(e); err != nil {
+		if placed { // what nobody has the key of must not be there after a restart
+			err = errors.Join(err, os.Remove(e.Source))
+		}
+		return false, nil, failure(err, e.Name+" is not registered")
 	}
-	entries[req.Name] = e
-	r.entries.Store(&entries)
+	r.put(e)
 	return true, e.Key, nil
 }
 
-// Remove forgets a VM. The error is a *bus.Error.
+// Remove forgets a VM, also one whose file could not be used. When it has
+// returned, a power cut does not undo it. The error is a *bus.Error.
 func (r *Registry) Remove(name string) error {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	entries := maps.Clone(*r.entries.Load())
-	if err := changeable(entries, name); err != nil {
+	r.changing.Lock()
+	defer r.changing.Unlock()
+	e, err := r.changeable(name)
+	if err != nil {
 		return err
 	}
-	if err := os.Remove(r.path(name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return bus.Errorf(bus.CodeInternal, "%s stays registered: %v", name, err)
+	// It stays known until it is gone for good, so that the command can be
+	// repeated.
+	err = os.Remove(e.Source)
+	if err == nil || errors.Is(err, os.ErrNotExist) {
+		err = r.syncDir(r.dir)
 	}
-	if err := syncDir(r.dir); err != nil {
-		return bus.Errorf(bus.CodeInternal, "%s may be registered again after a crash: %v", name, err)
+	if err != nil {
+		return failure(err, name+" stays registered")
 	}
-	delete(entries, name)
-	r.entries.Store(&entries)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, fwd := range r.entries[name].Forwards {
+		delete(r.ports, portOf(fwd))
+	}
+	delete(r.entries, name)
 	return nil
 }
 
-// Rekey gives a VM a new key. The error is a *bus.Error.
-func (r *Registry) Rekey(name string) ([]byte, error) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	entries := maps.Clone(*r.entries.Load())
-	if err := changeable(entries, name); err != nil {
+// Rekey gives a VM a new key, also one that had none. When it has returned, a
+// power cut does not undo it. The error is a *bus.Error.
+func (r *Registry) Rekey(name string) (key []byte, err error) {
+	r.changing.Lock()
+	defer r.changing.Unlock()
+	old, err := r.changeable(name)
+	if err != nil {
 		return nil, err
 	}
-	e := entries[name]
-	e.Key = newKey()
-	if err := writeRecord(e, time.Now()); err != nil {
-		return nil, bus.Errorf(bus.CodeInternal, "%s keeps its old key: %v", name, err)
+	if old.Name == "" {
+		return nil, bus.Errorf(bus.CodeNoSuchVM, "%s cannot be used as it is; remove it with castractl vm remove %s, and add the VM again", old.Source, name)
 	}
-	entries[name] = e
-	r.entries.Store(&entries)
+	e := old
+	e.Key = newKey()
+	if placed, err := r.write(e); err != nil {
+		if placed { // the guest has the old key, and nobody the new one
+			_, werr := r.write(old)
+			err = errors.Join(err, werr)
+		}
+		return nil, failure(err, name+" keeps its old key")
+	}
+	r.put(e)
 	return e.Key, nil
 }
 
-func changeable(entries map[string]Entry, name string) error {
-	switch e, ok := entries[name]; {
-	case !ok:
-		return bus.Errorf(bus.CodeNoSuchVM, "no VM called %q is registered; castractl vm list shows those that are", name)
-	case e.DropIn:
-		return bus.Errorf(bus.CodeInvalidArg, "%s comes from %s; change or remove that file and run systemctl reload castrad", name, e.Source)
+// changeable gives the VM that a command may change; without a name if there is
+// only a file that could not be used.
+func (r *Registry) changeable(name string) (Entry, error) {
+	e, known := r.Lookup(name)
+	if known && e.DropIn {
+		return Entry{}, bus.Errorf(bus.CodeInvalidArg, "%s is registered by %s; change or remove that file and run systemctl reload castrad", name, e.Source)
 	}
-	return nil
+	if !known {
+		e = Entry{Source: r.path(name)}
+		if checkName(name) != nil {
+			return Entry{}, noSuchVM(name)
+		}
+		if _, err := os.Lstat(e.Source); err != nil {
+			return Entry{}, noSuchVM(name)
+		}
+	}
+	return e, nil
+}
+
+func noSuchVM(name string) error {
+	return bus.Errorf(bus.CodeNoSuchVM, "no VM called %q is registered; castractl vm list shows those that are", name)
+}
+
+func (r *Registry) put(e Entry) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.entries[e.Name] = e
+	for _, fwd := range e.Forwards {
+		r.ports[portOf(fwd)] = e.Name
+	}
 }
 
 func (r *Registry) path(name string) string { return filepath.Join(r.dir, name+recordSuffix) }
 
+// failure makes of an error from the disk one that a caller is meant to see.
+func failure(err error, outcome string) error {
+	text := strings.ReplaceAll(err.Error(), "\n", "; ") // joined errors
+	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
+		return bus.Errorf(bus.CodeStorageFull, "%s: %s; make room there and try again", outcome, text)
+	}
+	return bus.Errorf(bus.CodeInternal, "%s: %s; try again when the disk is well", outcome, text)
+}
+
+func checkName(name string) error {
+	switch {
+	case wire.Reserved(name):
+		return fmt.Errorf("the name %s is the host's own; choose another", name)
+	case !wire.ValidName(name):
+		return fmt.Errorf("%q is no name for a VM: 1 to %d of A-Za-z0-9._-, beginning with a letter or digit", name, wire.MaxName)
+	}
+	return nil
+}
+
 func newKey() []byte {
 	key := make([]byte, KeySize)
-	_, _ = rand.Read(key) // never fails (crypto/rand, Go 1.24)
+	_, _ = rand.Read(key) // never fails: it ends the process instead
 	return key
 }

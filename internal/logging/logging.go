@@ -1,111 +1,130 @@
 // Package logging sets logrus up for the daemons: structured entries where
-// stderr is the journal, a readable line each elsewhere.
+// stderr is the journal, a readable line each elsewhere. What is logged may hold a
+// guest's words, so nothing in it can end a line or command a terminal.
 package logging
 
 import (
 	"bytes"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"slices"
 	"strconv"
 	"strings"
 	"syscall"
-	"time"
 	"unicode"
 
 	"github.com/coreos/go-systemd/v22/journal"
 	"github.com/sirupsen/logrus"
 )
 
-// MessageID is the logrus field whose value becomes the journal's MESSAGE_ID.
+// MessageID is the logrus field whose value, 32 hex digits, becomes the journal's
+// MESSAGE_ID.
 const MessageID = "message_id"
 
-// New gives the logger of a daemon that writes to stderr.
+// New gives the logger of a daemon that writes to stderr. It never colours.
 func New(level logrus.Level) *logrus.Logger {
 	log := logrus.New()
 	log.SetLevel(level)
+	if isJournal(os.Getenv("JOURNAL_STREAM"), os.Stderr) {
+		log.AddHook(journalHook{send: journal.Send, stream: os.Stderr})
+		// The hook does it all; logrus formats and writes the rest in any case.
+		log.SetFormatter(nothing{})
+		log.SetOutput(io.Discard)
+		return log
+	}
 	log.SetFormatter(textFormatter{})
 	log.SetOutput(os.Stderr)
-	if toJournal() {
-		log.AddHook(journalHook{send: journal.Send, fallback: os.Stderr})
-		log.SetOutput(io.Discard)
-	}
 	return log
 }
 
-// toJournal tells whether stderr is a stream to the journal: systemd sets
-// JOURNAL_STREAM to its device and inode (systemd.exec(5)).
-func toJournal() bool {
-	dev, ino, ok := strings.Cut(os.Getenv("JOURNAL_STREAM"), ":")
-	if !ok || !journal.Enabled() {
+// isJournal tells whether f is the stream to the journal that systemd announced by
+// its device and inode (JOURNAL_STREAM, systemd.exec(5)). A parent's announcement
+// holds no longer where the parent has redirected f.
+func isJournal(announced string, f *os.File) bool {
+	info, err := f.Stat()
+	if err != nil {
 		return false
 	}
-	var st syscall.Stat_t
-	if err := syscall.Fstat(int(os.Stderr.Fd()), &st); err != nil {
-		return false
-	}
-	return dev == strconv.FormatUint(st.Dev, 10) && ino == strconv.FormatUint(st.Ino, 10)
+	st, ok := info.Sys().(*syscall.Stat_t)
+	return ok && announced == strconv.FormatUint(st.Dev, 10)+":"+strconv.FormatUint(st.Ino, 10)
 }
+
+type nothing struct{}
+
+func (nothing) Format(*logrus.Entry) ([]byte, error) { return nil, nil }
 
 // journalHook sends entries to the journal with their fields.
 type journalHook struct {
-	send     func(message string, priority journal.Priority, vars map[string]string) error
-	fallback io.Writer
+	send   func(message string, priority journal.Priority, vars map[string]string) error
+	stream io.Writer // leads to the journal too, a line an entry
 }
 
 func (journalHook) Levels() []logrus.Level { return logrus.AllLevels }
 
 func (h journalHook) Fire(e *logrus.Entry) error {
-	vars := make(map[string]string, len(e.Data)+1)
-	for k, v := range e.Data {
+	vars := map[string]string{"SYSLOG_IDENTIFIER": identifier()}
+	for _, k := range keys(e) {
 		if k == MessageID {
-			vars["MESSAGE_ID"] = fmt.Sprint(v)
+			vars["MESSAGE_ID"] = text(e.Data[k])
 		} else {
-			vars[journalField(k)] = fmt.Sprint(v)
+			vars[journalField(k)] = text(e.Data[k])
 		}
 	}
-	vars["SYSLOG_IDENTIFIER"] = identifier()
-	if err := h.send(message(e), priority(e.Level), vars); err != nil {
-		// The journal is away: what was to be said must still be seen.
-		line, _ := textFormatter{}.Format(e)
-		_, err := h.fallback.Write(line)
-		return err
+	if h.send(message(e), priority(e.Level), vars) == nil {
+		return nil
 	}
-	return nil
+	// A sandbox may hide the journal's socket. The stream takes the priority as
+	// a prefix (sd-daemon(3)).
+	_, err := fmt.Fprintf(h.stream, "<%d>%s\n", priority(e.Level), message(e))
+	return err
 }
 
 func identifier() string { return os.Args[0][strings.LastIndexByte(os.Args[0], '/')+1:] }
 
-// message is what stands in MESSAGE: an error belongs to it, and so does whom
-// it is about, since that is all that a plain journalctl shows.
+// message is what a plain journalctl shows, which is no field: whom it is about and
+// why stand in the sentence, the other fields behind it. The session is left to
+// those who look for it.
 func message(e *logrus.Entry) string {
-	m := e.Message
+	var b bytes.Buffer
 	if vm, ok := e.Data["vm"]; ok {
-		m = fmt.Sprintf("%v: %s", vm, m)
+		fmt.Fprintf(&b, "%s: ", escape(text(vm)))
 	}
+	b.WriteString(escape(e.Message))
 	if reason, ok := e.Data["reason"]; ok {
-		m = fmt.Sprintf("%s (%v)", m, reason)
+		fmt.Fprintf(&b, " (%s)", escape(text(reason)))
 	}
 	if err, ok := e.Data[logrus.ErrorKey]; ok {
-		m = fmt.Sprintf("%s: %v", m, err)
+		fmt.Fprintf(&b, ": %s", escape(text(err)))
 	}
-	return escape(m)
+	for _, k := range keys(e) {
+		switch k {
+		case "vm", "reason", logrus.ErrorKey, MessageID, "session":
+		default:
+			appendField(&b, k, e.Data[k])
+		}
+	}
+	return b.String()
 }
 
-// journalField makes a name that journald takes: upper case, not beginning
-// with an underscore (journal-fields in systemd.journal-fields(7)).
+// maxField is the longest name that journald takes (sd_journal_print(3)).
+const maxField = 64
+
+// journalField makes a name that journald takes of a field's: upper case, and not
+// beginning with an underscore.
 func journalField(key string) string {
-	return "CASTRA_" + strings.Map(func(r rune) rune {
+	name := "CASTRA_" + strings.Map(func(r rune) rune {
 		switch {
 		case r >= 'a' && r <= 'z':
 			return r - 'a' + 'A'
-		case r >= 'A' && r <= 'Z', r >= '0' && r <= '9', r == '_':
+		case r >= 'A' && r <= 'Z', r >= '0' && r <= '9':
 			return r
 		default:
 			return '_'
 		}
 	}, key)
+	return name[:min(len(name), maxField)]
 }
 
 func priority(l logrus.Level) journal.Priority {
@@ -123,31 +142,45 @@ func priority(l logrus.Level) journal.Priority {
 	}
 }
 
-// textFormatter writes an entry as one line that a guest cannot break out of:
-// names and errors come from outside, so control characters are escaped.
+// textFormatter writes an entry as one line: time, level, message, key=value….
 type textFormatter struct{}
+
+// timeFormat is RFC 3339 with milliseconds, in local time.
+const timeFormat = "2006-01-02T15:04:05.000Z07:00"
 
 func (textFormatter) Format(e *logrus.Entry) ([]byte, error) {
 	var b bytes.Buffer
-	fmt.Fprintf(&b, "%s %-7s %s", e.Time.Format(time.RFC3339), e.Level, escape(e.Message))
-	keys := make([]string, 0, len(e.Data))
-	for k := range e.Data {
-		keys = append(keys, k)
-	}
-	slices.Sort(keys)
-	for _, k := range keys {
-		v := escape(fmt.Sprint(e.Data[k]))
-		if strings.ContainsAny(v, " \"=") || v == "" {
-			v = strconv.Quote(v)
+	fmt.Fprintf(&b, "%s %-7s %s", e.Time.Format(timeFormat), e.Level, escape(e.Message))
+	for _, k := range keys(e) {
+		if k != MessageID { // means something to the journal alone
+			appendField(&b, k, e.Data[k])
 		}
-		fmt.Fprintf(&b, " %s=%s", escape(k), v)
 	}
 	b.WriteByte('\n')
 	return b.Bytes(), nil
 }
 
-// escape writes what would not print as Go would.
+func keys(e *logrus.Entry) []string { return slices.Sorted(maps.Keys(e.Data)) }
+
+// appendField writes " key=value", the value in quotes where it could be taken for
+// more than one word.
+func appendField(b *bytes.Buffer, key string, value any) {
+	v := text(value)
+	if v == "" || strings.ContainsAny(v, ` "=`) {
+		v = strconv.Quote(v)
+	} else {
+		v = escape(v)
+	}
+	fmt.Fprintf(b, " %s=%s", escape(key), v)
+}
+
+func text(value any) string { return fmt.Sprint(value) }
+
+// escape writes as Go would what does not print: control characters, line and
+// paragraph separators, and those that turn the direction of writing round. Bytes
+// that are no UTF-8, which some terminals take for control characters, are replaced.
 func escape(s string) string {
+	s = strings.ToValidUTF8(s, "\uFFFD")
 	if strings.IndexFunc(s, unprintable) < 0 {
 		return s
 	}

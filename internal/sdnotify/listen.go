@@ -7,7 +7,8 @@ import (
 	"os"
 	"strconv"
 	"strings"
-	"syscall"
+
+	"golang.org/x/sys/unix"
 )
 
 // What a passed socket is for (FileDescriptorName= of its unit).
@@ -21,74 +22,110 @@ const firstPassed = 3 // SD_LISTEN_FDS_START, sd_listen_fds(3)
 
 // Passed is a listening socket that systemd passed in.
 type Passed struct {
-	Use      string // one of the Socket constants
-	Listener net.Listener
+	Use      string       // one of the Socket constants
+	Listener net.Listener // a *net.TCPListener, or a *net.UnixListener whose path stays when it is closed
 }
 
 // Listeners takes over the sockets that systemd passed in, none if it passed
 // none. Anything that it cannot use is an error: a socket silently dropped is a
-// guest that can never connect. Call it once, before anything is forked.
+// guest that can never connect. Call it once, and before a child is started: what
+// it leaves behind, no child may take for its own.
+//
+// go-systemd's own functions do not serve: they leave out what is no listener,
+// and take numbers that they cannot read for "none".
 func Listeners() ([]Passed, error) {
-	pid, count, names := os.Getenv("LISTEN_PID"), os.Getenv("LISTEN_FDS"), os.Getenv("LISTEN_FDNAMES")
-	for _, v := range []string{"LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"} {
-		if err := os.Unsetenv(v); err != nil { // children must not take them for theirs
-			return nil, err
+	env := make(map[string]string)
+	for _, v := range []string{"LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID"} {
+		env[v] = os.Getenv(v)
+		if err := os.Unsetenv(v); err != nil {
+			return nil, fmt.Errorf("removing %s from the environment: %w", v, err)
 		}
 	}
-	if pid != strconv.Itoa(os.Getpid()) {
+	if env["LISTEN_PID"] == "" && env["LISTEN_FDS"] == "" {
 		return nil, nil
 	}
-	n, err := strconv.Atoi(count)
+	pid, err := strconv.Atoi(env["LISTEN_PID"])
+	if err != nil {
+		return nil, fmt.Errorf("LISTEN_PID is %q, not a process id", env["LISTEN_PID"])
+	}
+	if pid != os.Getpid() { // meant for a parent
+		return nil, nil
+	}
+	n, err := strconv.Atoi(env["LISTEN_FDS"])
 	if err != nil || n < 0 {
-		return nil, fmt.Errorf("LISTEN_FDS is %q, not a number of sockets", count)
+		return nil, fmt.Errorf("LISTEN_FDS is %q, not a number of sockets", env["LISTEN_FDS"])
 	}
-	var name []string
-	if names != "" {
-		name = strings.Split(names, ":")
-	}
-	var passed []Passed
-	for i := range n {
-		label := ""
-		if i < len(name) {
-			label = name[i]
+	names := make([]string, n)
+	if list := env["LISTEN_FDNAMES"]; list != "" {
+		if names = strings.Split(list, ":"); len(names) != n {
+			return nil, fmt.Errorf("LISTEN_FDNAMES has %d names (%q) for %d sockets", len(names), list, n)
 		}
-		p, err := takeOver(firstPassed+i, label)
+	}
+	var all []Passed
+	for i, name := range names {
+		p, err := takeOver(firstPassed+i, name)
 		if err != nil {
-			for _, p := range passed {
+			for _, p := range all {
 				err = errors.Join(err, p.Listener.Close())
 			}
-			return nil, err
+			return nil, fmt.Errorf("socket %d, passed in as %q: %w", firstPassed+i, name, err)
 		}
-		passed = append(passed, p)
+		all = append(all, p)
 	}
-	return passed, nil
+	return all, nil
 }
 
-func takeOver(fd int, label string) (Passed, error) {
-	syscall.CloseOnExec(fd)
-	use := SocketBus
-	switch label {
-	case SocketHealth, SocketMetrics:
-		use = label
-	// An unnamed socket bears the name of its unit (systemd.socket(5)), and
-	// "unknown" where not even that is known.
-	case "", SocketBus, "castrad.socket", "unknown":
-	default:
-		return Passed{}, fmt.Errorf("socket %d was passed under the name %q; castrad knows bus, health and metrics (FileDescriptorName= in the socket unit)", fd, label)
+func takeOver(fd int, name string) (Passed, error) {
+	unix.CloseOnExec(fd)
+	use, err := useOf(name)
+	if err != nil {
+		return Passed{}, err
 	}
-	f := os.NewFile(uintptr(fd), label)
-	if f == nil {
-		return Passed{}, fmt.Errorf("socket %d (%q) was announced and is not there", fd, label)
+	if err := checkListens(fd); err != nil {
+		return Passed{}, err
 	}
-	ln, err := net.FileListener(f) // a duplicate
+	f := os.NewFile(uintptr(fd), name)
+	ln, err := net.FileListener(f) // of a duplicate, closed on exec too
 	if cerr := f.Close(); err == nil {
 		err = cerr
 	}
 	if err != nil {
-		return Passed{}, fmt.Errorf("socket %d (%q) is no stream socket that listens: %w", fd, label, err)
-	}
-	if u, ok := ln.(*net.UnixListener); ok {
-		u.SetUnlinkOnClose(false) // the path is the socket unit's
+		return Passed{}, err
 	}
 	return Passed{Use: use, Listener: ln}, nil
+}
+
+func useOf(name string) (string, error) {
+	switch name {
+	case SocketBus, SocketHealth, SocketMetrics:
+		return name, nil
+	// Without FileDescriptorName= systemd gives the unit's name, "unknown" if there
+	// is none, and tools like systemd-socket-activate may give nothing.
+	case "", "unknown", "castrad.socket", "castra-guestd.socket":
+		return SocketBus, nil
+	}
+	return "", fmt.Errorf("nothing is known to be served under that name; FileDescriptorName= in the socket unit must be %s, %s or %s",
+		SocketBus, SocketHealth, SocketMetrics)
+}
+
+// checkListens makes sure that fd listens for streams: of a socket that does not,
+// net.FileListener makes a listener all the same, whose every Accept fails.
+func checkListens(fd int) error {
+	var is [3]int
+	for i, opt := range []int{unix.SO_DOMAIN, unix.SO_TYPE, unix.SO_ACCEPTCONN} {
+		v, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, opt)
+		if err != nil {
+			return fmt.Errorf("it cannot be used: %w", err)
+		}
+		is[i] = v
+	}
+	switch domain, kind, listens := is[0], is[1], is[2] == 1; {
+	case domain != unix.AF_INET && domain != unix.AF_INET6 && domain != unix.AF_UNIX:
+		return fmt.Errorf("it is of address family %d; TCP and Unix sockets are served", domain)
+	case kind != unix.SOCK_STREAM:
+		return errors.New("it is no stream socket; the socket unit must say ListenStream=")
+	case !listens:
+		return errors.New("it does not listen; the socket unit must say Accept=no")
+	}
+	return nil
 }

@@ -3,92 +3,65 @@
 package sdnotify
 
 import (
-	"context"
 	"fmt"
 	"strconv"
+	"strings"
 	"sync"
-	"time"
+	"unicode"
 
 	"github.com/coreos/go-systemd/v22/daemon"
 	"golang.org/x/sys/unix"
 )
 
-// Notify sends assignments like READY=1 (sd_notify(3)). It does nothing where
-// no service manager asked for them.
-func Notify(state string) error {
-	if _, err := daemon.SdNotify(false, state); err != nil {
+// What a daemon may tell (sd_notify(3)).
+const (
+	Ready    = daemon.SdNotifyReady    // it serves; also: a reload has ended
+	Stopping = daemon.SdNotifyStopping // it has begun to end
+)
+
+// Notify sends assignments like Ready in one message. It does nothing where no
+// service manager asked for them. Anybody may call it.
+func Notify(states ...string) error {
+	if _, err := daemon.SdNotify(false, strings.Join(states, "\n")); err != nil {
 		return fmt.Errorf("notifying the service manager: %w", err)
 	}
 	return nil
 }
 
-// Reloading says that a reload has begun. systemd 253 and later match it with
-// the READY=1 that ends it by the monotonic time.
+// Reloading says that a reload has begun, which Ready ends. With
+// Type=notify-reload, systemd ignores it without the time.
 func Reloading() error {
 	var now unix.Timespec
 	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &now); err != nil {
 		return fmt.Errorf("reading the monotonic clock: %w", err)
 	}
-	return Notify(daemon.SdNotifyReloading + "\nMONOTONIC_USEC=" + strconv.FormatInt(now.Nano()/1000, 10))
+	return Notify(daemon.SdNotifyReloading, "MONOTONIC_USEC="+strconv.FormatInt(now.Nano()/1000, 10))
 }
 
 // Status keeps the line that `systemctl status` shows. Its zero value is ready.
 type Status struct {
-	mu   sync.Mutex
+	mu   sync.Mutex // also orders the sending, or an older line might come last
 	last string
 }
 
-// Set sends the line if it differs from the last one. Anybody may call it.
+// Set sends the line if it differs from the one that was sent last. Anybody may
+// call it. What would not print is left out: a line break in a guest's words would
+// begin an assignment of the guest's own.
 func (s *Status) Set(line string) error {
+	line = strings.Map(func(r rune) rune {
+		if unicode.IsPrint(r) {
+			return r
+		}
+		return -1
+	}, line)
 	s.mu.Lock()
-	same := line == s.last
-	s.last = line
-	s.mu.Unlock()
-	if same {
+	defer s.mu.Unlock()
+	if line == s.last {
 		return nil
 	}
-	return Notify("STATUS=" + line)
-}
-
-// WatchdogInterval gives how often the service manager wants to hear from this
-// process, ok=false if it does not.
-func WatchdogInterval() (interval time.Duration, ok bool) {
-	interval, err := daemon.SdWatchdogEnabled(false)
-	return interval, err == nil && interval > 0
-}
-
-// RunWatchdog feeds the watchdog until ctx is done: each time only after every
-// probe has answered since the last one. A probe that fails or does not answer
-// starves it, which is the point; onFail is told.
-func RunWatchdog(ctx context.Context, interval time.Duration, onFail func(error), probes ...func(context.Context) error) {
-	// Twice per interval, as sd_watchdog_enabled(3) recommends.
-	t := time.NewTicker(interval / 2)
-	defer t.Stop()
-	for {
-		select {
-		case <-t.C:
-		case <-ctx.Done():
-			return
-		}
-		if err := answer(ctx, interval, probes); err != nil {
-			if ctx.Err() == nil {
-				onFail(err)
-			}
-			continue
-		}
-		if err := Notify(daemon.SdNotifyWatchdog); err != nil {
-			onFail(err)
-		}
+	if err := Notify("STATUS=" + line); err != nil {
+		return err
 	}
-}
-
-func answer(ctx context.Context, patience time.Duration, probes []func(context.Context) error) error {
-	ctx, cancel := context.WithTimeout(ctx, patience)
-	defer cancel()
-	for _, probe := range probes {
-		if err := probe(ctx); err != nil {
-			return fmt.Errorf("watchdog probe: %w", err)
-		}
-	}
+	s.last = line
 	return nil
 }

@@ -1,158 +1,154 @@
 package sdnotify
 
 import (
-	"context"
-	"errors"
-	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
-// manager stands where systemd listens and gives what it is told.
-func manager(t *testing.T) *net.UnixConn {
+// manager is the service manager's end: a datagram socket that is only ever looked
+// into, so that a test under synctest does not block in it.
+type manager int
+
+func newManager(t *testing.T) manager {
 	t.Helper()
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = unix.Close(fd) })
 	path := filepath.Join(t.TempDir(), "notify")
-	conn, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
-	if err != nil {
+	if err := unix.Bind(fd, &unix.SockaddrUnix{Name: path}); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = conn.Close() })
 	t.Setenv("NOTIFY_SOCKET", path)
-	return conn
+	return manager(fd)
 }
 
-func read(t *testing.T, conn *net.UnixConn) string {
+// told gives what has arrived since it was last asked, a string a datagram.
+func (m manager) told(t *testing.T) []string {
 	t.Helper()
-	if err := conn.SetReadDeadline(time.Now().Add(30 * time.Second)); err != nil {
-		t.Fatal(err)
-	}
+	var all []string
 	b := make([]byte, 4096)
-	n, err := conn.Read(b)
-	if err != nil {
-		t.Fatal(err)
+	for {
+		n, _, err := unix.Recvfrom(int(m), b, 0)
+		if err == unix.EAGAIN {
+			return all
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, string(b[:n]))
 	}
-	return string(b[:n])
 }
 
-func TestStatusIsSentOnChangeOnly(t *testing.T) {
-	conn := manager(t)
-	var s Status
-	for _, line := range []string{"one", "one", "two"} {
-		if err := s.Set(line); err != nil {
+func TestNotify(t *testing.T) {
+	m := newManager(t)
+	for _, states := range [][]string{{Ready}, {Stopping, "STATUS=Ending"}} {
+		if err := Notify(states...); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if got := read(t, conn) + "," + read(t, conn); got != "STATUS=one,STATUS=two" {
-		t.Errorf("got %q", got)
+	if got, want := m.told(t), []string{"READY=1", "STOPPING=1\nSTATUS=Ending"}; !slices.Equal(got, want) {
+		t.Errorf("told %q, want %q", got, want)
+	}
+}
+
+func TestNotifyWithoutManager(t *testing.T) {
+	t.Setenv("NOTIFY_SOCKET", "")
+	var s Status
+	if err := Notify(Ready); err != nil {
+		t.Error(err)
+	}
+	if err := s.Set("idle"); err != nil {
+		t.Error(err)
+	}
+	// One that was promised and is not there is an error.
+	t.Setenv("NOTIFY_SOCKET", filepath.Join(t.TempDir(), "gone"))
+	if err := Notify(Ready); err == nil {
+		t.Error("a message that went nowhere is no error")
+	}
+}
+
+func TestReloadingCarriesTheMonotonicTime(t *testing.T) {
+	m := newManager(t)
+	var before, after unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &before); err != nil {
+		t.Fatal(err)
 	}
 	if err := Reloading(); err != nil {
 		t.Fatal(err)
 	}
-	if got := read(t, conn); !strings.HasPrefix(got, "RELOADING=1\nMONOTONIC_USEC=") {
-		t.Errorf("got %q", got)
+	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &after); err != nil {
+		t.Fatal(err)
+	}
+	got := strings.Join(m.told(t), "|")
+	match := regexp.MustCompile(`^RELOADING=1\nMONOTONIC_USEC=(\d+)$`).FindStringSubmatch(got)
+	if match == nil {
+		t.Fatalf("told %q", got)
+	}
+	if usec, err := strconv.ParseInt(match[1], 10, 64); err != nil || usec < before.Nano()/1000 || usec > after.Nano()/1000 {
+		t.Errorf("the time is %s, which is not between %v and %v: %v", match[1], before, after, err)
 	}
 }
 
-func TestWatchdogStarvesWhenAProbeFails(t *testing.T) {
-	conn := manager(t)
-	ctx, cancel := context.WithCancel(t.Context())
-	failed := make(chan error, 100)
-	healthy := make(chan bool, 1)
-	healthy <- true
-	ok := func(context.Context) error { return nil }
-	sick := func(context.Context) error {
-		h := <-healthy
-		healthy <- h
-		if h {
-			return nil
+func TestStatusIsSentOnChangeOnly(t *testing.T) {
+	m := newManager(t)
+	var s Status
+	set := func(line string) {
+		t.Helper()
+		if err := s.Set(line); err != nil {
+			t.Fatal(err)
 		}
-		return errors.New("stuck")
 	}
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		RunWatchdog(ctx, 20*time.Millisecond, func(err error) { failed <- err }, ok, sick)
-	}()
-	if got := read(t, conn); got != "WATCHDOG=1" {
-		t.Errorf("got %q", got)
+	set("one")
+	set("one")
+	set("two")
+	set("a guest says: x\nMAINPID=1\x1b[31m")
+	want := []string{"STATUS=one", "STATUS=two", "STATUS=a guest says: xMAINPID=1[31m"}
+	if got := m.told(t); !slices.Equal(got, want) {
+		t.Errorf("told %q, want %q", got, want)
 	}
-	<-healthy
-	healthy <- false
-	if err := <-failed; !strings.Contains(err.Error(), "stuck") {
-		t.Errorf("told %v", err)
+
+	// What did not arrive is sent again, though it is no change.
+	socket := os.Getenv("NOTIFY_SOCKET")
+	t.Setenv("NOTIFY_SOCKET", socket+"-gone")
+	if err := s.Set("three"); err == nil {
+		t.Error("a status that went nowhere is no error")
 	}
-	<-failed
-	cancel()
-	<-done
-	// Whatever was sent before the probe failed is in the socket by now; nothing
-	// may have been sent between the two failures.
+	t.Setenv("NOTIFY_SOCKET", socket)
+	set("three")
+	if got := m.told(t); !slices.Equal(got, []string{"STATUS=three"}) {
+		t.Errorf("told %q", got)
+	}
 }
 
-// TestListeners runs this test binary again as systemd would start a service.
-func TestListeners(t *testing.T) {
-	if os.Getenv("CASTRA_TEST_PASSED") != "" {
-		t.Setenv("LISTEN_PID", "") // replaced below: only now is the pid known
-		os.Setenv("LISTEN_PID", strconv.Itoa(os.Getpid()))
-		passed, err := Listeners()
-		if err != nil {
-			os.Stdout.WriteString("error: " + err.Error() + "\n")
-			return
-		}
-		for _, p := range passed {
-			os.Stdout.WriteString("passed " + p.Use + " " + p.Listener.Addr().Network() + "\n")
-		}
-		if os.Getenv("LISTEN_FDS") != "" {
-			os.Stdout.WriteString("the environment is still there\n")
-		}
-		return
-	}
-	tcp, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	unixl, err := net.Listen("unix", filepath.Join(t.TempDir(), "s"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	tf, err := tcp.(*net.TCPListener).File()
-	if err != nil {
-		t.Fatal(err)
-	}
-	uf, err := unixl.(*net.UnixListener).File()
-	if err != nil {
-		t.Fatal(err)
-	}
-	plain, err := os.Open(os.DevNull)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, c := range []struct {
-		names string
-		files []*os.File
-		want  []string
+func TestWatchdogInterval(t *testing.T) {
+	own, other := strconv.Itoa(os.Getpid()), strconv.Itoa(os.Getppid())
+	tests := []struct {
+		usec, pid string
+		want      time.Duration
+		ok        bool
 	}{
-		{"bus:health", []*os.File{tf, uf}, []string{"passed bus tcp", "passed health unix"}},
-		{"castrad.socket", []*os.File{tf}, []string{"passed bus tcp"}},
-		{"", []*os.File{tf}, []string{"passed bus tcp"}},
-		{"buss", []*os.File{tf}, []string{`under the name "buss"`}},
-		{"bus", []*os.File{plain}, []string{"no stream socket"}},
-	} {
-		cmd := exec.Command(os.Args[0], "-test.run=^TestListeners$", "-test.v")
-		cmd.Env = append(os.Environ(), "CASTRA_TEST_PASSED=1", "LISTEN_FDS="+strconv.Itoa(len(c.files)), "LISTEN_FDNAMES="+c.names)
-		cmd.ExtraFiles = c.files
-		out, err := cmd.CombinedOutput()
-		if err != nil {
-			t.Fatalf("%v: %s", err, out)
-		}
-		for _, want := range c.want {
-			if !strings.Contains(string(out), want) || strings.Contains(string(out), "still there") {
-				t.Errorf("names %q: got %s\nwant %s", c.names, out, want)
-			}
+		{"30000000", own, 30 * time.Second, true},
+		{"30000000", "", 30 * time.Second, true},
+		{"30000000", other, 0, false},
+		{"", own, 0, false},
+		{"0", own, 0, false},
+		{"soon", own, 0, false},
+	}
+	for _, tt := range tests {
+		t.Setenv("WATCHDOG_USEC", tt.usec)
+		t.Setenv("WATCHDOG_PID", tt.pid)
+		if got, ok := WatchdogInterval(); got != tt.want || ok != tt.ok {
+			t.Errorf("%q for process %q: %v, %v; want %v, %v", tt.usec, tt.pid, got, ok, tt.want, tt.ok)
 		}
 	}
 }

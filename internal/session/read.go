@@ -125,11 +125,11 @@ func (s *Session) receive(rest []byte) (ws *workspace, n int, err error) {
 		k := copy(ws.buf, rest)
 		for {
 			n, err = syscall.Read(int(fd), ws.buf[k:])
-			if err != syscall.EINTR {
+			if !errors.Is(err, syscall.EINTR) {
 				break
 			}
 		}
-		if err == syscall.EAGAIN {
+		if errors.Is(err, syscall.EAGAIN) {
 			workspaces.Put(ws)
 			ws, err = nil, nil
 			return false
@@ -202,7 +202,8 @@ func (s *Session) frame(ws **workspace, rest []byte) ([]byte, error) {
 		w.acks = append(w.acks, reply{ack: wire.Ack{Kind: kind}, entry: -1})
 		return rest, nil
 	case m.Type == wire.TypeAck && string(m.Ack) == "publish":
-		return rest, s.acknowledged(m)
+		s.acknowledged(m)
+		return rest, nil
 	case m.Type == wire.TypeSubscribe || m.Type == wire.TypeUnsubscribe:
 		// The answer must come behind those of the frames before it, and
 		// deliveries behind the answer.

@@ -300,7 +300,7 @@ func (sub *Subscription) open(start uint64) error {
 
 // acknowledged takes in the guest's word that it has processed what it was
 // sent. Numbers that it was never sent, or said before, are passed over.
-func (s *Session) acknowledged(m *wire.Message) error {
+func (s *Session) acknowledged(m *wire.Message) {
 	name := string(m.Subscription)
 	for _, sub := range s.subscriptions() {
 		if sub.name == name && m.HasSeq && m.Seq >= sub.start && m.Seq <= sub.position.Load() && m.Seq > sub.acked.Load() {
@@ -308,7 +308,6 @@ func (s *Session) acknowledged(m *wire.Message) error {
 			s.broker.Acknowledged(sub, m.Seq)
 		}
 	}
-	return nil
 }
 
 // refuse makes a the refusal of a frame. The wire has no word for an end or a

@@ -136,7 +136,7 @@ func (s *Session) send(b []byte) error {
 	var err error
 	waitErr := s.raw.Write(func(fd uintptr) bool {
 		for {
-			if n, err = syscall.Write(int(fd), b); err != syscall.EINTR {
+			if n, err = syscall.Write(int(fd), b); !errors.Is(err, syscall.EINTR) {
 				return true
 			}
 		}
@@ -144,7 +144,7 @@ func (s *Session) send(b []byte) error {
 	if n == len(b) {
 		return nil
 	}
-	if err != nil && err != syscall.EAGAIN {
+	if err != nil && !errors.Is(err, syscall.EAGAIN) {
 		return fmt.Errorf("writing to the guest: %w", err)
 	}
 	if waitErr == nil {

@@ -1,0 +1,179 @@
+package e2e
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// A host is a Debian booted in a container, with castrad installed in it as its
+// package would be.
+type host struct {
+	*lab
+	leader string // the process that is PID 1 inside
+}
+
+func sudo(argv ...string) []string {
+	if os.Geteuid() == 0 {
+		return argv
+	}
+	return append([]string{"sudo"}, argv...)
+}
+
+func command(argv ...string) *exec.Cmd { return exec.Command(argv[0], argv[1:]...) }
+
+func bootHost(t *testing.T) *host {
+	t.Helper()
+	l := newLab(t)
+	base, err := exec.Command("../scripts/host-root").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	root := l.path("root")
+	for _, argv := range [][]string{
+		sudo("cp", "-a", filepath.Join(strings.TrimSpace(string(base)), "root"), root),
+		sudo("../scripts/install", root, "host"),
+		sudo("install", bin(t, "castra-guestd"), filepath.Join(root, "usr/bin")),
+		sudo("systemctl", "--root="+root, "enable", "--quiet", "castrad.socket"),
+		sudo("systemctl", "--root="+root, "mask", "--quiet", "systemd-networkd.service", "systemd-udevd.service"),
+	} {
+		if out, err := command(argv...).CombinedOutput(); err != nil {
+			t.Fatalf("%v: %v: %s", argv, err, out)
+		}
+	}
+	t.Cleanup(func() { _ = command(sudo("rm", "-rf", root)...).Run() })
+	boot, err := filepath.Abs("../scripts/host-boot")
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.start("boot", nil, boot, root)
+	h := &host{lab: l}
+	l.until("the host has booted", func() error {
+		out, err := exec.Command("pgrep", "--full", "--exact", "--newest", ".*systemd-nspawn .*--directory="+root).Output()
+		if err != nil {
+			return err
+		}
+		if out, err = exec.Command("pgrep", "--parent", strings.TrimSpace(string(out))).Output(); err != nil {
+			return err
+		}
+		h.leader = strings.TrimSpace(string(out))
+		_, err = h.try("systemctl", "is-active", "--quiet", "multi-user.target")
+		return err
+	})
+	// Ended from inside, so that nothing of it stays.
+	t.Cleanup(func() { _, _ = h.try("systemctl", "poweroff", "--force", "--force") })
+	return h
+}
+
+// try runs a command on the host and gives what it wrote.
+func (h *host) try(argv ...string) (string, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 2*hang)
+	defer cancel()
+	argv = sudo(append([]string{"nsenter", "--target", h.leader, "--all"}, argv...)...)
+	var out bytes.Buffer
+	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
+	cmd.Stdout, cmd.Stderr = &out, &out
+	if err := cmd.Run(); err != nil {
+		return out.String(), fmt.Errorf("%v: %w: %s", argv, err, &out)
+	}
+	return out.String(), nil
+}
+
+func (h *host) run(argv ...string) string {
+	h.Helper()
+	out, err := h.try(argv...)
+	if err != nil {
+		h.Fatal(err)
+	}
+	return out
+}
+
+// want fails unless text has all the words.
+func (h *host) want(text string, words ...string) {
+	h.Helper()
+	for _, w := range words {
+		if !strings.Contains(text, w) {
+			h.Errorf("%q is not in:\n%s", w, text)
+		}
+	}
+}
+
+// TestSystemd takes castrad through what a service manager does with it: a
+// socket that starts it, D-Bus that starts it, reload, restart, a hang, a stop.
+func TestSystemd(t *testing.T) {
+	h := bootHost(t)
+	h.want(h.run("castractl", "status"), "idle")
+	if out, err := h.try("systemctl", "is-active", "castrad.service"); err == nil {
+		t.Errorf("castrad runs though nobody asked for it: %s", out)
+	}
+	h.run("castractl", "vm", "add", "web1", "--no-key") // starts it
+	h.run("systemctl", "is-active", "castrad.service")
+
+	// A guest's daemon, as a process: the bus name is taken, so it serves its socket alone.
+	h.run("systemd-run", "--quiet", "--unit=guest", "sh", "-c",
+		`printf '[broker]\naddress = "127.0.0.1:7070"\n[identity]\nvm = "web1"\n[bus]\nsubscribe = ["vm:self"]\n' >/run/guest.toml
+		 exec castra-guestd --config /run/guest.toml`)
+	h.run("castractl", "wait", "web1", "--for", "subscribed", "--timeout", "60s")
+	h.run("castractl", "bus", "publish", "--vm", "web1", "--wait-ack", "30s", `"hello"`)
+	h.until("systemctl status counts the guests", func() error {
+		if out := h.run("systemctl", "show", "--property=StatusText", "castrad"); !strings.Contains(out, "1 guests reachable") {
+			return fmt.Errorf("it says %s", out)
+		}
+		return nil
+	})
+	h.want(h.run("journalctl", "--unit=castrad", "--no-pager", "CASTRA_VM=web1"), "web1: VM registered", "web1: guest connected")
+	h.want(h.run("journalctl", "--unit=guest", "--no-pager"), "org.castra.Bus1")
+
+	h.run("systemctl", "reload", "castrad")
+	h.want(h.run("castractl", "status", "web1"), "reachable")
+	h.run("systemctl", "restart", "castrad")
+	h.run("castractl", "wait", "web1", "--timeout", "60s") // the guest is back by itself
+
+	t.Run("rights", func(t *testing.T) {
+		h.run("useradd", "reader")
+		h.run("useradd", "--groups", "castra", "writer")
+		as := func(user string, argv ...string) (string, error) {
+			return h.try(append([]string{"setpriv", "--reuid=" + user, "--regid=" + user, "--init-groups"}, argv...)...)
+		}
+		if out, err := as("reader", "castractl", "status"); err != nil || !strings.Contains(out, "web1") {
+			t.Errorf("anybody may look: %v", err)
+		}
+		if out, err := as("reader", "castractl", "bus", "publish", "1"); err == nil || !strings.Contains(out, "castra") {
+			t.Errorf("a stranger published: %s", out)
+		}
+		if _, err := as("writer", "castractl", "bus", "publish", "1"); err != nil {
+			t.Errorf("a member of castra did not publish: %v", err)
+		}
+	})
+
+	// A castrad that hangs is killed by the watchdog, and started again.
+	h.run("sh", "-c", `mkdir -p /run/systemd/system/castrad.service.d
+		printf '[Service]\nWatchdogSec=2s\n' >/run/systemd/system/castrad.service.d/quick.conf
+		systemctl daemon-reload && systemctl restart castrad`)
+	h.run("castractl", "wait", "web1", "--timeout", "60s")
+	time.Sleep(5 * time.Second) // twice the watchdog's patience: fed, it must not bite
+	before := h.run("systemctl", "show", "--property=MainPID,NRestarts", "castrad")
+	h.want(before, "NRestarts=0")
+	h.run("systemctl", "kill", "--kill-whom=main", "--signal=STOP", "castrad")
+	h.until("systemd has started castrad again", func() error {
+		if out := h.run("systemctl", "show", "--property=NRestarts", "castrad"); !strings.Contains(out, "NRestarts=1") {
+			return fmt.Errorf("it says %s", out)
+		}
+		return nil
+	})
+	h.run("castractl", "wait", "web1", "--timeout", "60s")
+	h.want(h.run("journalctl", "--unit=castrad", "--no-pager"), "Watchdog timeout")
+
+	h.run("systemctl", "stop", "castrad.socket", "castrad.service")
+	out, err := h.try("castractl", "status")
+	if err == nil {
+		t.Errorf("status of a stopped bus succeeds: %s", out)
+	}
+	h.want(out, "systemctl start castrad")
+}

@@ -1,0 +1,483 @@
+package guest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/castrabus/castra/internal/bus"
+	"github.com/castrabus/castra/internal/wire"
+)
+
+// published is what Publish returned.
+type published struct {
+	seq uint64
+	err error
+}
+
+// publish calls Publish in a goroutine of its own.
+func (f *fixture) publish(req bus.PublishRequest) <-chan published {
+	done := make(chan published, 1)
+	go func() {
+		seq, err := f.Publish(context.Background(), req)
+		done <- published{seq, err}
+	}()
+	synctest.Wait()
+	return done
+}
+
+func (f *fixture) connected() bool { return f.uplink.session() != nil }
+
+func TestPublishReturnsTheHostsSeq(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := runAgent(t, nil)
+		p := f.net.accept(t)
+		synctest.Wait()
+		done := f.publish(bus.PublishRequest{Topic: "vm:self/x", Reply: "vm:self", ID: "mine", Payload: []byte(`{"a":1}`)})
+		p.want(`{"type":"publish","topic":"vm:web1/x","id":"mine","reply":"vm:web1","payload":{"a":1}}`)
+		p.ack("mine", 42)
+		if r := <-done; r.seq != 42 || r.err != nil {
+			t.Errorf("got %+v", r)
+		}
+		done = f.publish(bus.PublishRequest{Topic: "t"})
+		id := p.wantPublish("null", 0)
+		if !strings.HasPrefix(id, f.idBase) || len(f.idBase) != 33 {
+			t.Errorf("id %q does not begin with 128 bits of this process and a dash", id)
+		}
+		p.send(fmt.Sprintf(`{"type":"ack","ack":"publish","status":"error","code":"bad-topic","reason":"no","id":%q}`, id))
+		if r := <-done; refusalOf(r.err).Code != bus.CodeBadTopic {
+			t.Errorf("got %+v", r)
+		}
+	})
+}
+
+func TestPublishRefusesAtOnceWhatTheHostWould(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := runAgent(t, nil)
+		f.net.refuse(errRefusedConnection)
+		for topic, want := range map[string]bus.Code{
+			"vm:web2": bus.CodeForbidden, "vm:web2/x": bus.CodeForbidden, "castra.presence": bus.CodeForbidden,
+			"a b": bus.CodeBadTopic, "vm:": bus.CodeBadTopic, "vm:selfish": bus.CodeForbidden,
+		} {
+			if _, err := f.Publish(t.Context(), bus.PublishRequest{Topic: topic}); refusalOf(err).Code != want {
+				t.Errorf("%s: %v", topic, err)
+			}
+		}
+		if _, err := f.Publish(t.Context(), bus.PublishRequest{Topic: "t", Payload: make([]byte, wire.MaxPayload+1)}); refusalOf(err).Code != bus.CodeTooLarge {
+			t.Errorf("too large: %v", err)
+		}
+		if _, err := f.WaitAck(t.Context(), 1); refusalOf(err).Code != bus.CodeNotHere {
+			t.Errorf("WaitAck: %v", err)
+		}
+	})
+}
+
+// What is published while the host is away goes out in order when it is back, under
+// the same ids for as long as it is not acknowledged.
+func TestPublishesSurviveTheLossOfSessions(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := runAgent(t, nil)
+		f.net.refuse(errRefusedConnection)
+		for i := range 3 {
+			if seq, err := f.Publish(t.Context(), bus.PublishRequest{Topic: "t", Payload: fmt.Append(nil, i)}); seq != 0 || err != nil {
+				t.Fatal(seq, err)
+			}
+		}
+		f.net.refuse(nil)
+		p := f.net.accept(t)
+		ids := make([]string, 5)
+		ids[0] = p.wantPublish("0", 10)
+		ids[1], ids[2] = p.wantPublish("1", 0), p.wantPublish("2", 0)
+		done := f.publish(bus.PublishRequest{Topic: "t", Payload: []byte("3")})
+		ids[3] = p.wantPublish("3", 0)
+		_ = p.conn.Close()
+		if r := <-done; r.seq != 0 || r.err != nil {
+			t.Errorf("when the session broke, the publisher was told %+v", r)
+		}
+		if seq, err := f.Publish(t.Context(), bus.PublishRequest{Topic: "t", Payload: []byte("4")}); seq != 0 || err != nil {
+			t.Fatal(seq, err)
+		}
+		p = f.net.accept(t)
+		for i := 1; i < 5; i++ {
+			id := p.wantPublish(fmt.Sprint(i), uint64(10+i))
+			if ids[i] != "" && id != ids[i] {
+				t.Errorf("record %d came as %s and then as %s", i, ids[i], id)
+			}
+			ids[i] = id
+		}
+		slices.Sort(ids)
+		if len(slices.Compact(ids)) != 5 {
+			t.Errorf("ids are not unique: %q", ids)
+		}
+		synctest.Wait()
+		if c := f.outbox.counts(); c.records != 0 || c.published != 5 {
+			t.Errorf("counts %+v", c)
+		}
+	})
+}
+
+func TestPublisherIsNotKeptWaiting(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := runAgent(t, nil)
+		p := f.net.accept(t)
+		synctest.Wait()
+		begun := time.Now()
+		done := f.publish(bus.PublishRequest{Topic: "t", Payload: []byte("1")})
+		id := p.wantPublish("1", 0)
+		p.send(fmt.Sprintf(`{"type":"ack","ack":"publish","status":"error","code":"storage-full","reason":"full","retry_after_ms":60000,"id":%q}`, id))
+		if r := <-done; r.seq != 0 || r.err != nil || time.Since(begun) != ackPatience {
+			t.Errorf("after %v: %+v", time.Since(begun), r)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if seq, err := f.Publish(ctx, bus.PublishRequest{Topic: "t"}); seq != 0 || err != nil {
+			t.Errorf("got %d, %v: it is kept, whoever waits", seq, err)
+		}
+		if _, err := f.Publish(ctx, bus.PublishRequest{Topic: "t"}); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("got %v", err)
+		}
+		if c := f.outbox.counts(); c.records != 2 {
+			t.Errorf("%d records are kept", c.records)
+		}
+	})
+}
+
+func TestHeartbeats(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := runAgent(t, nil)
+		begun := time.Now()
+		p := f.net.accept(t)
+		for i := range 3 {
+			p.want(`{"type":"heartbeat"}`)
+			if d := time.Since(begun); d != time.Duration(i+1)*heartbeatEvery {
+				t.Errorf("heartbeat %d after %v", i, d)
+			}
+			p.send(`{"type":"ack","ack":"heartbeat","status":"ok"}`)
+		}
+		synctest.Wait()
+		if vm := f.Status(nil).VMs[0]; vm.LastHeartbeatAgeMS == nil || *vm.LastHeartbeatAgeMS != 0 {
+			t.Errorf("age of the last heartbeat is %v", vm.LastHeartbeatAgeMS)
+		}
+		// A host that died takes what is sent and says nothing.
+		silent := time.Now()
+		go func() { _, _ = io.Copy(io.Discard, p.r) }()
+		for f.connected() {
+			time.Sleep(time.Millisecond)
+		}
+		if d := time.Since(silent); d < silentAfter || d > silentAfter+time.Second {
+			t.Errorf("a silent host was given up after %v", d)
+		}
+		synctest.Wait()
+		if s := f.Summary(); !strings.Contains(s, "no word from the host for 45s") {
+			t.Error(s)
+		}
+		f.net.accept(t)
+	})
+}
+
+// A host that reads nothing must not be waited for without end either.
+func TestHostThatTakesNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := runAgent(t, nil)
+		f.net.accept(t)
+		synctest.Wait()
+		begun := time.Now()
+		<-f.publish(bus.PublishRequest{Topic: "t"})
+		for f.connected() {
+			time.Sleep(100 * time.Millisecond)
+		}
+		if d := time.Since(begun); d > silentAfter+time.Second {
+			t.Errorf("given up after %v", d)
+		}
+	})
+}
+
+func TestHostThatBreaksTheProtocol(t *testing.T) {
+	frame := func(s string) string { return string(wire.AppendFrame(nil, []byte(s))) }
+	for name, tt := range map[string]struct{ say, want string }{
+		"dies in a frame":      {frame(`{"type":"heartbeat"}`)[:9], "ended within a frame"},
+		"closes":               {"", "closed the connection"},
+		"no JSON":              {frame("hello"), "protocol error"},
+		"length 0":             {"\x00\x00\x00\x00", "frame length"},
+		"length beyond":        {"\x00\x01\x00\x01", "frame length"},
+		"ack of nothing":       {frame(`{"type":"ack","ack":"publish","status":"ok","seq":1}`), "was not sent"},
+		"subscribe of nothing": {frame(`{"type":"ack","ack":"subscribe","status":"ok"}`), "was not sent"},
+		"says why":             {frame(`{"type":"error","code":"superseded","reason":"a newer one"}`), `superseded: "a newer one"`},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				f := runAgent(t, nil)
+				p := f.net.accept(t)
+				// What no host of today sends changes nothing.
+				p.send(`{"type":"future","x":1}`, `{"type":"ack","ack":"unsubscribe","status":"ok"}`, `{"type":"publish","subscription":"nobody","seq":3,"payload":1}`)
+				p.write(tt.say)
+				_ = p.conn.Close()
+				synctest.Wait()
+				if s := f.Summary(); !strings.Contains(s, tt.want) || !strings.HasPrefix(s, "connecting to host:7070 (") {
+					t.Errorf("%q lacks %q", s, tt.want)
+				}
+				if f.logs.count(`level=warning msg="not connected to the host`) != 1 {
+					t.Error(f.logs)
+				}
+				f.net.accept(t)
+			})
+		})
+	}
+}
+
+func TestAcksOutOfOrderEndTheSession(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := runAgent(t, nil)
+		p := f.net.accept(t)
+		synctest.Wait()
+		a, b := f.publish(bus.PublishRequest{Topic: "t", ID: "a"}), f.publish(bus.PublishRequest{Topic: "t", ID: "b"})
+		p.wantPublish("null", 0)
+		p.wantPublish("null", 0)
+		p.ack("b", 1)
+		for _, done := range []<-chan published{a, b} {
+			if r := <-done; r.seq != 0 || r.err != nil {
+				t.Errorf("told %+v", r)
+			}
+		}
+		p = f.net.accept(t)
+		for _, id := range []string{"a", "b"} {
+			if got := p.wantPublish("null", 7); got != id {
+				t.Errorf("got %s, want %s", got, id)
+			}
+		}
+	})
+}
+
+func TestRefusedGuestSaysSoOnceAndHow(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := runAgent(t, nil)
+		refuse := func(reason string) {
+			p := f.net.greet(t)
+			p.write("error: " + reason + "\n")
+			_ = p.conn.Close()
+			synctest.Wait()
+		}
+		for range 3 {
+			refuse("unknown-vm")
+		}
+		const advice = "on the host run: castractl vm add web1"
+		if got, want := f.Summary(), "refused: unknown-vm — "+advice; got != want {
+			t.Errorf("summary %q, want %q", got, want)
+		}
+		if n := f.logs.count(advice); n != 1 {
+			t.Errorf("said %d times: %s", n, f.logs)
+		}
+		st := f.Status(nil)
+		if st.Broker.State != "refused: unknown-vm" || len(st.Refused) != 1 || st.Refused[0].VM != "web1" || st.Refused[0].Reason != "unknown-vm" {
+			t.Errorf("status %+v", st)
+		}
+		if vm := st.VMs[0]; vm.Reachable || vm.Reason != "unknown-vm" {
+			t.Errorf("vm %+v", vm)
+		}
+		refuse("auth-required")
+		if f.logs.count("castractl vm rekey web1") != 1 {
+			t.Error(f.logs)
+		}
+		p := f.net.accept(t)
+		synctest.Wait()
+		if got, want := f.Summary(), "connected to host:7070 as web1, session sess-1"; got != want {
+			t.Errorf("summary %q, want %q", got, want)
+		}
+		_ = p.conn.Close()
+		refuse("auth-required") // news again, since it was let in meanwhile
+		if f.logs.count("castractl vm rekey web1") != 2 {
+			t.Error(f.logs)
+		}
+	})
+}
+
+func TestSummaryWhileTheHostIsAway(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := runAgent(t, nil)
+		if got := f.Summary(); got != "connecting to host:7070" {
+			t.Error(got)
+		}
+		synctest.Wait()
+		f.net.refuse(errRefusedConnection)
+		p := f.net.greet(t)
+		_ = p.conn.Close()
+		time.Sleep(2500 * time.Millisecond)
+		if _, err := f.Publish(t.Context(), bus.PublishRequest{Topic: "t"}); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		if got := f.Summary(); got != "connecting to host:7070 (connection refused), next try within 1s, 1 spooled" {
+			t.Error(got)
+		}
+		if st := f.Status(nil).Broker; st.State != "connecting" || st.SpoolCount != 1 || st.Kind != "guest" || !slices.Equal(st.Listen, []string{"host:7070"}) {
+			t.Errorf("%+v", st)
+		}
+		if vms := f.Status([]string{"other"}).VMs; len(vms) != 0 {
+			t.Errorf("%+v", vms)
+		}
+		if n := f.logs.count("connection refused"); n != 1 {
+			t.Errorf("said %d times: %s", n, f.logs)
+		}
+	})
+}
+
+// Attempts are spaced by the pacer, which begins anew only after a session that
+// lasted: a host that takes a guest and drops it at once is not hammered.
+func TestPacing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := runAgent(t, nil)
+		p := f.net.accept(t)
+		_ = p.conn.Close()
+		p = f.net.accept(t)
+		synctest.Wait()
+		if f.pace.resets != 0 {
+			t.Error("a session that ended at once counts as one that lasted")
+		}
+		time.Sleep(lastedFor)
+		_ = p.conn.Close()
+		begun := time.Now()
+		f.net.accept(t)
+		synctest.Wait()
+		if f.pace.resets != 1 || time.Since(begun) != time.Second {
+			t.Errorf("%d resets, back after %v", f.pace.resets, time.Since(begun))
+		}
+	})
+}
+
+func TestAlwaysSubscribed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := runAgent(t, func(o *Options) { o.Subscribe = []string{"broadcast", "vm:self", "broadcast"} })
+		p := f.net.accept(t)
+		p.want(`{"type":"subscribe","topic":"broadcast","sub":"s1"}`)
+		p.want(`{"type":"subscribe","topic":"vm:web1","sub":"s2"}`)
+		p.send(`{"type":"ack","ack":"subscribe","status":"ok"}`, `{"type":"ack","ack":"subscribe","status":"error","code":"forbidden","reason":"no"}`)
+		p.send(`{"type":"publish","subscription":"s1","topic":"broadcast","vm":"host","seq":9,"payload":1}`)
+		p.want(`{"type":"ack","ack":"publish","subscription":"s1","seq":9}`)
+		if f.logs.count("the host refuses a subscription") != 1 {
+			t.Error(f.logs)
+		}
+		if vm := f.Status(nil).VMs[0]; !slices.Equal(vm.Subscriptions, []string{"broadcast"}) || !vm.BusSubscribed {
+			t.Errorf("%+v", vm)
+		}
+		if err := f.Reload("host:7070", []string{"vm:other"}); err == nil {
+			t.Error("another VM's topic was taken")
+		}
+		if err := f.Reload("host:7070", []string{"vm:self", "orders.>"}); err != nil {
+			t.Fatal(err)
+		}
+		p.want(`{"type":"unsubscribe","subscription":"s1"}`)
+		p.want(`{"type":"subscribe","topic":"orders.>","sub":"s3"}`)
+		// Another address is gone to at once.
+		begun := time.Now()
+		if err := f.Reload("new:7070", []string{"orders.>"}); err != nil {
+			t.Fatal(err)
+		}
+		p = f.net.accept(t)
+		p.want(`{"type":"subscribe","topic":"orders.>","sub":"s4"}`)
+		synctest.Wait()
+		if d := time.Since(begun); d != 0 || !strings.HasPrefix(f.Summary(), "connected to new:7070") {
+			t.Errorf("after %v: %s", d, f.Summary())
+		}
+	})
+}
+
+func TestStopDrains(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := runAgent(t, nil)
+		p := f.net.accept(t)
+		synctest.Wait()
+		a := f.publish(bus.PublishRequest{Topic: "t", ID: "a"})
+		b := f.publish(bus.PublishRequest{Topic: "t", ID: "b"})
+		begun := time.Now()
+		stopped := make(chan struct{})
+		go func() {
+			defer close(stopped)
+			f.stop()
+		}()
+		synctest.Wait()
+		if _, err := f.Publish(t.Context(), bus.PublishRequest{Topic: "t"}); refusalOf(err).Code != bus.CodeShuttingDown {
+			t.Errorf("a stopping agent said %v", err)
+		}
+		p.wantPublish("null", 1)
+		p.wantPublish("null", 0)
+		<-stopped
+		if r := <-a; r.seq != 1 {
+			t.Errorf("a: %+v", r)
+		}
+		if r := <-b; refusalOf(r.err).Code != bus.CodeShuttingDown {
+			t.Errorf("b: %+v", r)
+		}
+		if d := time.Since(begun); d != drainFor {
+			t.Errorf("stopped after %v", d)
+		}
+		if f.logs.count("are lost") != 1 {
+			t.Error(f.logs)
+		}
+	})
+	t.Run("nothing to drain", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			f := runAgent(t, nil)
+			f.net.refuse(errRefusedConnection)
+			_, _ = f.Publish(t.Context(), bus.PublishRequest{Topic: "t"})
+			begun := time.Now()
+			f.stop()
+			if d := time.Since(begun); d != 0 {
+				t.Errorf("waited %v for a host that is not there", d)
+			}
+		})
+	})
+}
+
+func TestWatch(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		states := 0
+		f := runAgent(t, func(o *Options) { o.OnState = func() { states++ } })
+		var seen []string
+		cancel := f.Watch(func(vm bus.VM, _ bool) { seen = append(seen, vm.State) })
+		p := f.net.accept(t)
+		time.Sleep(time.Second)
+		_ = p.conn.Close()
+		f.net.refuse(errRefusedConnection)
+		time.Sleep(5 * time.Second)
+		cancel()
+		f.net.refuse(nil)
+		f.net.accept(t)
+		time.Sleep(5 * time.Second)
+		synctest.Wait()
+		if want := []string{"reachable", "unreachable"}; !slices.Equal(slices.Compact(seen[len(seen)-2:]), want) {
+			t.Errorf("seen %q, want %q at the end", seen, want)
+		}
+		if states < 3 {
+			t.Errorf("%d changes of the summary were told", states)
+		}
+	})
+}
+
+func TestProbe(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := runAgent(t, nil)
+		check := func(when string) {
+			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+			defer cancel()
+			if err := f.Probe(ctx); err != nil {
+				t.Errorf("%s: %v", when, err)
+			}
+		}
+		check("while dialling")
+		f.net.accept(t)
+		check("while connected")
+		f.net.refuse(errRefusedConnection)
+		f.stop()
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if f.Probe(ctx) == nil {
+			t.Error("an agent that has ended answers")
+		}
+	})
+}

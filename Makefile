@@ -13,6 +13,7 @@ VERSION  := $(shell scripts/version)
 # The race detector wants a C compiler; the D-Bus tests a message bus, and busctl, which
 # is systemd's.
 UNIT_NEEDS := gcc libc6-dev dbus-daemon systemd
+E2E_NEEDS  := dbus-daemon qemu-system-x86 mmdebstrap e2fsprogs systemd-container procps
 
 # Where Go has never run, what it keeps goes into the checkout: trying Castra out
 # leaves nothing in a home.
@@ -53,12 +54,13 @@ unit:
 
 .PHONY: test
 test: ## every test, with real processes and a real VM; installs what it needs
-	scripts/need $(UNIT_NEEDS) shellcheck qemu-system-x86 mmdebstrap e2fsprogs systemd-container procps
-	$(MAKE) --no-print-directory -j3 -O check vm-base host-root
+	scripts/need $(UNIT_NEEDS) $(E2E_NEEDS) shellcheck
+	$(MAKE) --no-print-directory -j3 -O check images
 	$(MAKE) --no-print-directory e2e
 
 .PHONY: e2e
 e2e: build
+	scripts/need $(E2E_NEEDS)
 	CASTRA_E2E=1 go test -race -count=1 -timeout 30m ./e2e
 
 .PHONY: demo
@@ -69,12 +71,10 @@ demo: build ## a host and two guests on loopback, messages both ways
 vm: build ## boot a Debian VM with castra-guestd in it; a prompt beside it
 	scripts/vm
 
-.PHONY: vm-base
-vm-base: # so that the download runs beside the linters
+# Apart, so that the downloads run beside the linters.
+.PHONY: images
+images:
 	scripts/vm-base
-
-.PHONY: host-root
-host-root:
 	scripts/host-root
 
 .PHONY: bench

@@ -59,6 +59,9 @@ func Main(version string, args []string, stdout, stderr io.Writer) int {
 		return 1
 	}
 	if *check {
+		for _, w := range cfg.Warnings() {
+			fmt.Fprintln(stderr, "castrad: warning:", w)
+		}
 		fmt.Fprintf(stdout, "%s: the configuration is good\n", *path)
 		return 0
 	}
@@ -94,6 +97,7 @@ func (d *daemon) run() error {
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
 	defer signal.Stop(signals)
 
+	d.warn()
 	listeners, err := d.listeners()
 	if err != nil {
 		return err
@@ -138,6 +142,13 @@ func (d *daemon) run() error {
 	work.Wait()
 	api.Close()
 	return d.broker.Close()
+}
+
+// warn logs what in the configuration is allowed and most likely not meant.
+func (d *daemon) warn() {
+	for _, w := range d.cfg.Warnings() {
+		d.log.Warn("configuration: " + w)
+	}
 }
 
 // notify tells the service manager; it can do without.
@@ -252,6 +263,7 @@ func (d *daemon) reload() {
 		}
 		d.complain(problems)
 		d.cfg = cfg
+		d.warn()
 		d.broker.Configure(settings(cfg))
 		d.log.Info("the configuration was read again")
 	}

@@ -157,6 +157,7 @@ func TestMistakesAreNamed(t *testing.T) {
 		{host, "[store]\nsegment_size = -1", 2, "store.segment_size", `"64MiB"`},
 		{host, "[store]\nsegment_size = 1.5", 2, "store.segment_size", "1.5"},
 		{host, "[store]\nsegment_size = \"8388608TiB\"", 2, "store.segment_size", `"64MiB"`},
+		{host, "[store]\nsegment_size = \"16777217TiB\"", 2, "store.segment_size", `"64MiB"`}, // 1TiB in 64 bits
 		{host, "[store]\nsegment_size = 65535\n", 2, "store.segment_size", `"64KiB"`},
 		{host, "[store]\nhost_retention_size = 1\n", 2, "store.host_retention_size", `"64KiB"`},
 		{host, "[store]\nvm_retention_size = 1\n", 2, "store.vm_retention_size", `"64KiB"`},

@@ -62,7 +62,7 @@ func (r *Registry) prepare() error {
 // and after it has returned without an error the new one. placed says whether the
 // new one stands there, though it may not last.
 func (r *Registry) write(e Entry) (placed bool, err error) {
-	rec := record{VM: e.Name, Created: e.created, Key: base64.StdEncoding.EncodeToString(e.Key), Forwards: e.Forwards}
+	rec := record{VM: e.Name, Created: e.created, Key: base64.StdEncoding.EncodeToString(e.Key), Forwards: append([]string{}, e.Forwards...)}
 	data, err := json.Marshal(rec)
 	if err != nil {
 		return false, err

@@ -106,10 +106,8 @@ func (r *Registry) Add(req bus.AddVMRequest) (created bool, key []byte, err erro
 	case known:
 		return false, nil, bus.Errorf(bus.CodeVMExists, "%s is registered already; castractl vm rekey %s gives it a new key", e.Name, e.Name)
 	}
-	// A file that is there and could not be used may hold a key that somebody
-	// still needs.
-	if _, err := os.Lstat(e.Source); err == nil {
-		return false, nil, bus.Errorf(bus.CodeVMExists, "%s cannot be used as it is; mend it and run systemctl reload castrad, or remove it: castractl vm remove %s", e.Source, e.Name)
+	if err := r.checkFree(e); err != nil {
+		return false, nil, err
 	}
 	if err := r.checkForwards(e); err != nil {
 		return false, nil, bus.Errorf(bus.CodeInvalidArg, "%v", err)
@@ -125,6 +123,19 @@ func (r *Registry) Add(req bus.AddVMRequest) (created bool, key []byte, err erro
 	}
 	r.put(e)
 	return true, e.Key, nil
+}
+
+// checkFree refuses a name for which there is a file that could not be used.
+func (r *Registry) checkFree(e Entry) error {
+	dropin := filepath.Join(r.dropins, e.Name+dropInSuffix)
+	if _, err := os.Lstat(dropin); err == nil && r.dropins != "" {
+		return bus.Errorf(bus.CodeVMExists, "%s is there for %s; systemctl reload castrad takes it in, or logs what is wrong with it", dropin, e.Name)
+	}
+	// It may hold a key that somebody still needs.
+	if _, err := os.Lstat(e.Source); err == nil {
+		return bus.Errorf(bus.CodeVMExists, "%s is there for %s and cannot be used; mend it and run systemctl reload castrad, or remove it: castractl vm remove %s", e.Source, e.Name, e.Name)
+	}
+	return nil
 }
 
 // Remove forgets a VM, also one whose file could not be used. When it has

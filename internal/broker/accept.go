@@ -75,7 +75,7 @@ func (b *Broker) accept(l *listener) {
 		switch {
 		case err == nil:
 			failing = false
-			b.work.Go(func() { b.serve(conn) })
+			b.guests.Go(func() { b.serve(conn) })
 		case errors.Is(err, net.ErrClosed):
 			return
 		case l.answer(err):

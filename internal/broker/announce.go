@@ -3,6 +3,7 @@ package broker
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"sync"
 	"time"
 
@@ -25,46 +26,80 @@ const (
 // announce publishes presence changes and tells those who watch, until the
 // broker ends. What cannot be stored is merged per VM and tried again.
 func (b *Broker) announce() {
-	var pending []presence.Change
+	var a announcer
 	retry := time.NewTimer(time.Hour)
 	retry.Stop()
-	for {
+	for ended := false; !ended; {
 		select {
 		case <-b.table.Wake:
-		case <-b.watchers.poke():
+		case <-a.stuck.Done():
 		case <-retry.C:
-		case <-b.ctx.Done():
-			return
+		case <-b.ctx2.Done():
+			ended = true // once more, for what the end itself has changed
 		}
 		changes, touched := b.table.Changes()
-		pending = append(pending, changes...)
-		if pending = b.publishPresence(pending); len(pending) > 0 {
-			pending = mergeChanges(pending)
+		a.pending = append(a.pending, changes...)
+		if b.publishPresence(&a); len(a.pending) > 0 {
+			a.pending = mergeChanges(a.pending)
 			retry.Reset(announceRetry)
 		}
 		b.tellWatchers(touched)
 	}
 }
 
-// publishPresence stores the changes and gives those that it could not store.
-func (b *Broker) publishPresence(changes []presence.Change) []presence.Change {
-	for len(changes) > 0 {
-		n := min(len(changes), announceBatch)
+// announcer is what is still to be announced.
+type announcer struct {
+	pending []presence.Change
+	// stuck is a batch that a stalled disk has kept; until it is known what
+	// became of it, publishing its changes again could store them twice.
+	stuck *eventlog.Batch
+	sent  []presence.Change // what is in it
+}
+
+// publishPresence stores as many of the changes as it can.
+func (b *Broker) publishPresence(a *announcer) {
+	if a.stuck != nil {
+		select {
+		case <-a.stuck.Done():
+			a.pending = append(refused(a.stuck, a.sent), a.pending...)
+			a.stuck, a.sent = nil, nil
+		default:
+			return
+		}
+	}
+	for len(a.pending) > 0 {
+		now := a.pending[:min(len(a.pending), announceBatch)]
 		batch := &eventlog.Batch{}
-		for _, c := range changes[:n] {
+		for _, c := range now {
 			batch.Entries = append(batch.Entries, presenceEntry(c))
 		}
-		if err := b.events.Append(b.ctx, batch); err != nil {
-			return changes
-		}
-		for i := range batch.Entries {
-			if batch.Entries[i].Err != nil {
-				return changes[i:]
+		err := b.events.Append(context.Background(), batch)
+		switch {
+		case err == nil:
+			if left := refused(batch, now); len(left) > 0 {
+				a.pending = append(left, a.pending[len(now):]...)
+				return
 			}
+			a.pending = a.pending[len(now):]
+		case errors.Is(err, eventlog.ErrStalled) && !errors.Is(err, eventlog.ErrNotQueued):
+			a.stuck, a.sent = batch, now
+			a.pending = a.pending[len(now):]
+			return
+		default:
+			return
 		}
-		changes = changes[n:]
 	}
-	return nil
+}
+
+// refused gives those of the changes that the log did not store.
+func refused(batch *eventlog.Batch, changes []presence.Change) []presence.Change {
+	var left []presence.Change
+	for i := range batch.Entries {
+		if batch.Entries[i].Err != nil {
+			left = append(left, changes[i])
+		}
+	}
+	return left
 }
 
 func presenceEntry(c presence.Change) eventlog.Entry {
@@ -98,27 +133,9 @@ func mergeChanges(changes []presence.Change) []presence.Change {
 // watchers are those who want to be told of every change a person would watch.
 // They are all called by the announcing goroutine.
 type watchers struct {
-	mu    sync.Mutex
-	fns   map[int]func(bus.VM, bool)
-	next  int
-	token chan struct{} // room for one: there is something to look at
-}
-
-func (w *watchers) poke() chan struct{} {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if w.token == nil {
-		w.token = make(chan struct{}, 1)
-	}
-	return w.token
-}
-
-// stateChanged makes the announcing goroutine look, though no VM has changed.
-func (w *watchers) stateChanged() {
-	select {
-	case w.poke() <- struct{}{}:
-	default:
-	}
+	mu   sync.Mutex
+	fns  map[int]func(bus.VM, bool)
+	next int
 }
 
 func (w *watchers) list() []func(bus.VM, bool) {
@@ -172,7 +189,7 @@ func (b *Broker) tellWatchers(touched []string) {
 			}
 		}
 	}
-	ctx, cancel := context.WithTimeout(b.ctx, watchInterval)
+	ctx, cancel := context.WithTimeout(b.ctx2, watchInterval)
 	<-ctx.Done()
 	cancel()
 }

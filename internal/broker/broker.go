@@ -3,11 +3,13 @@
 package broker
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"net"
 	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -29,6 +31,7 @@ type Options struct {
 	LogDir   string
 	Registry *identity.Registry
 	Log      *logrus.Logger
+	FS       eventlog.FS // what the event log is kept on; nil: the machine's
 
 	SyncName      string        // as configured, for status
 	SyncEvery     time.Duration // see eventlog.Options
@@ -76,17 +79,27 @@ type Broker struct {
 	watchers watchers
 
 	handshakes handshakes
-	listeners  []*listener
-	sessions   atomic.Int64
+	listeners  atomic.Pointer[[]*listener] // replaced, never changed in place
+	acked      ackMemory
+	scans      chan struct{} // see session.Options.Scans
 
-	ctx    context.Context // done when the broker ends
-	cancel context.CancelFunc
-	work   sync.WaitGroup // the broker's own goroutines and connections
+	// admission is held for writing while names or keys change, and for reading
+	// while a guest is let in by them.
+	admission sync.RWMutex
+
+	// The broker ends in two steps: first the guests, their connections and the
+	// tails; then the goroutines that write down what that changed.
+	ctx     context.Context
+	cancel  context.CancelFunc
+	guests  sync.WaitGroup
+	ctx2    context.Context
+	cancel2 context.CancelFunc
+	work    sync.WaitGroup
 }
 
 // Open recovers the log and makes a broker that serves nobody yet.
 func Open(opts Options) (*Broker, error) {
-	b := &Broker{opts: opts, log: opts.Log, began: time.Now()}
+	b := &Broker{opts: opts, log: opts.Log, began: time.Now(), scans: make(chan struct{}, maxScans)}
 	settings := opts.Settings
 	b.settings.Store(&settings)
 	b.table = presence.New(tableOptions(settings))
@@ -106,20 +119,26 @@ func Open(opts Options) (*Broker, error) {
 		b.table.Know(e.Name)
 	}
 	b.ctx, b.cancel = context.WithCancel(context.Background())
-	b.work.Go(func() { b.records.run(b.ctx) })
-	b.work.Go(func() { b.cursors.run(b.ctx, b.log) })
+	b.ctx2, b.cancel2 = context.WithCancel(context.Background())
+	b.work.Go(func() { b.records.run(b.ctx2) })
+	b.work.Go(func() { b.cursors.run(b.ctx2, b.log) })
 	b.work.Go(b.sweep)
 	b.work.Go(b.announce)
 	return b, nil
 }
 
+// maxScans is how many subscribers search the log backwards at once: two keep
+// a disk busy, and leave the processors to the others.
+const maxScans = 2
+
 func tableOptions(s Settings) presence.Options {
-	return presence.Options{ReachableWithin: s.ReachableWithin, SessionTimeout: s.SessionTimeout, MaxVMs: s.MaxVMs}
+	return presence.Options{ReachableWithin: s.ReachableWithin, SessionTimeout: s.SessionTimeout, MaxVMs: s.MaxVMs, MaxSessions: s.MaxSessions}
 }
 
 func (b *Broker) openLog() error {
 	o := b.opts
 	log, rec, err := eventlog.Open(eventlog.Options{
+		FS:  o.FS,
 		Dir: filepath.Join(o.LogDir, "bus", "host"), SegmentSize: o.SegmentSize,
 		Retention: o.HostRetention, MaxAge: o.RetentionAge, SyncEvery: o.SyncEvery,
 		PerVM: &eventlog.PerVMOptions{
@@ -138,6 +157,7 @@ func (b *Broker) openLog() error {
 		},
 		OnCommit: b.committed,
 		OnState:  b.logState,
+		OnError:  func(err error) { b.log.WithError(err).Warn("the event log cannot tidy up") },
 		OnDamage: func(d eventlog.Damage) {
 			b.log.WithFields(logrus.Fields{"file": d.File, "offset": d.Offset}).
 				Error("a damaged record is passed over; its readers are told of a gap")
@@ -172,30 +192,52 @@ func (b *Broker) logState(s eventlog.State) {
 		b.log.WithError(s.Err).WithField("reason", s.Degraded).
 			Error("the event log takes no records; publishes are refused until the disk answers")
 	}
-	b.watchers.stateChanged()
 }
 
-// Configure changes the settings of a running broker and looks at the registry
-// anew.
-func (b *Broker) Configure(s Settings) {
+// Configure changes the settings of a running broker and reads the registry
+// anew; it gives the files that cannot be used. Sessions whose name is gone or
+// whose key has changed end.
+func (b *Broker) Configure(s Settings) ([]identity.Problem, error) {
 	b.settings.Store(&s)
 	b.table.Configure(tableOptions(s))
+	b.admission.Lock()
+	before := b.opts.Registry.List()
+	problems, err := b.opts.Registry.Reload()
+	for _, e := range before {
+		now, ok := b.opts.Registry.Lookup(e.Name)
+		if !ok {
+			b.table.Forget(e.Name)
+		}
+		if !ok || !bytes.Equal(now.Key, e.Key) {
+			b.endSession(e.Name, "the VM's registration has changed")
+		}
+	}
+	b.admission.Unlock()
 	for _, e := range b.opts.Registry.List() {
 		b.table.Know(e.Name)
 	}
+	return problems, err
 }
 
-// Serve accepts guests on ln until Close.
+// Serve accepts guests on ln until Close. One goroutine calls it.
 func (b *Broker) Serve(ln net.Listener) {
 	l := newListener(ln)
-	b.listeners = append(b.listeners, l)
-	b.work.Go(func() { b.accept(l) })
+	all := append(slices.Clone(b.listening()), l)
+	b.listeners.Store(&all)
+	b.guests.Go(func() { b.accept(l) })
+}
+
+func (b *Broker) listening() []*listener {
+	if p := b.listeners.Load(); p != nil {
+		return *p
+	}
+	return nil
 }
 
 // Ping returns once every accept loop and the committer have answered, for the
 // watchdog.
 func (b *Broker) Ping(ctx context.Context) error {
-	for _, l := range b.listeners {
+	for _, l := range b.listening() {
 		if err := l.ping(ctx); err != nil {
 			return fmt.Errorf("accept loop of %s: %w", l.Addr(), err)
 		}
@@ -209,12 +251,14 @@ func (b *Broker) Ping(ctx context.Context) error {
 // Close ends the sessions, commits what they had sent, and closes the log.
 func (b *Broker) Close() error {
 	var errs []error
-	for _, l := range b.listeners {
+	for _, l := range b.listening() {
 		if err := l.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
 			errs = append(errs, err)
 		}
 	}
 	b.cancel()
+	b.guests.Wait()
+	b.cancel2()
 	b.work.Wait()
 	errs = append(errs, b.events.Close())
 	return errors.Join(errs...)
@@ -227,7 +271,7 @@ func (b *Broker) sweep() {
 		select {
 		case <-t.C:
 			b.table.Sweep()
-		case <-b.ctx.Done():
+		case <-b.ctx2.Done():
 			t.Stop()
 			return
 		}
@@ -238,6 +282,6 @@ func (b *Broker) sessionOptions() session.Options {
 	s := b.settings.Load()
 	return session.Options{
 		HandshakeTimeout: s.HandshakeTimeout, WriteTimeout: s.SessionTimeout,
-		MaxSubscriptions: s.MaxSubscriptions, Lazy: b.events.Lazy(), Log: b.events,
+		MaxSubscriptions: s.MaxSubscriptions, Scans: b.scans, Lazy: b.events.Lazy(), Log: b.events,
 	}
 }

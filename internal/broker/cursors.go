@@ -37,13 +37,20 @@ type cursors struct {
 	dir  string
 	wake chan struct{} // room for one token: something has moved
 
-	// files is held around reads and writes of files; mu never is, so that a
-	// guest's ack does not wait for a disk.
-	files sync.Mutex
-
 	mu    sync.Mutex
-	vms   map[string]map[string]*cursor // as far as loaded
+	vms   map[string]*vmCursors
 	moved map[string]struct{}
+}
+
+// vmCursors are one VM's.
+type vmCursors struct {
+	path string
+	// file is held around reads and writes of the file; the table's lock never
+	// is, so that neither an ack nor another VM waits for this one's disk.
+	file   sync.Mutex
+	loaded bool // with file
+
+	all map[string]*cursor // under the table's lock
 }
 
 func openCursors(dir string) (*cursors, error) {
@@ -52,93 +59,113 @@ func openCursors(dir string) (*cursors, error) {
 	}
 	return &cursors{
 		dir: dir, wake: make(chan struct{}, 1),
-		vms: make(map[string]map[string]*cursor), moved: make(map[string]struct{}),
+		vms: make(map[string]*vmCursors), moved: make(map[string]struct{}),
 	}, nil
 }
 
 // OpenCursor gives the position of a subscription's durable cursor. One that is
-// new is on disk before it is given.
+// new, or lay beyond the log's end, is on disk before it is given.
 func (b *Broker) OpenCursor(sub *session.Subscription, start uint64) (uint64, error) {
-	next, err := b.cursors.open(sub.Session().VM(), sub.Cursor(), sub.Topic(), start)
+	vm, name := sub.Session().VM(), sub.Cursor()
+	end := b.events.Committed() + 1
+	next, lost, err := b.cursors.open(vm, name, sub.Topic(), start, end)
 	if err != nil {
 		b.Unsubscribe(sub)
 		return 0, err
 	}
-	if end := b.events.Committed() + 1; next > end {
-		b.log.WithFields(logrus.Fields{"vm": sub.Session().VM(), "cursor": sub.Cursor(), "seq": next}).
-			Warn("a cursor lies beyond the end of the event log, which was cut or restored; it is set to the end")
-		next = end
+	if lost > 0 {
+		b.log.WithFields(logrus.Fields{"vm": vm, "cursor": name, "seq": lost}).
+			Warn("a cursor lay beyond the end of the event log, which was cut or restored; it is set to the end")
 	}
 	return next, nil
 }
 
-func (c *cursors) open(vm, name, topic string, start uint64) (uint64, error) {
-	c.files.Lock()
-	defer c.files.Unlock()
-	if err := c.load(vm); err != nil {
-		return 0, bus.Errorf(bus.CodeInternal, "reading the cursors of %s: %v", vm, err)
+// open gives a cursor's position, making it at start where there is none. One
+// beyond end is set to it, and lost is where it was.
+func (c *cursors) open(vm, name, topic string, start, end uint64) (next, lost uint64, err error) {
+	c.mu.Lock()
+	v := c.vms[vm]
+	if v == nil {
+		v = &vmCursors{path: filepath.Join(c.dir, vm+".json")}
+		c.vms[vm] = v
+	}
+	c.mu.Unlock()
+	v.file.Lock()
+	defer v.file.Unlock()
+	if err := c.load(v); err != nil {
+		return 0, 0, bus.Errorf(bus.CodeInternal, "reading the cursors of %s: %v", vm, err)
 	}
 	c.mu.Lock()
-	known, count := c.vms[vm][name], len(c.vms[vm])
-	next := start
-	if known != nil {
-		next = known.Next
-	} else if count < maxCursors {
-		c.vms[vm][name] = &cursor{Topic: topic, Next: start}
+	cur := v.all[name]
+	count := len(v.all)
+	switch {
+	case cur == nil && count < maxCursors:
+		next = start
+		v.all[name] = &cursor{Topic: topic, Next: start}
+	case cur != nil && cur.Next > end:
+		next, lost = end, cur.Next
+		cur.Next = end
+	case cur != nil:
+		next = cur.Next
 	}
 	c.mu.Unlock()
 	switch {
-	case known != nil && known.Topic != topic: // a cursor's topic never changes
-		return 0, bus.Errorf(bus.CodeBadFrame, "cursor %s is for topic %s; use another name for %s", name, known.Topic, topic)
-	case known != nil:
-		return next, nil
-	case count >= maxCursors:
-		return 0, bus.Errorf(bus.CodeTooManySubscriptions, "a VM may have %d cursors; use one of those there are", maxCursors)
+	case cur != nil && cur.Topic != topic: // a cursor's topic never changes
+		return 0, 0, bus.Errorf(bus.CodeBadFrame, "cursor %s is for topic %s; use another name for %s", name, cur.Topic, topic)
+	case cur == nil && count >= maxCursors:
+		return 0, 0, bus.Errorf(bus.CodeTooManySubscriptions, "a VM may have %d cursors; use one of those there are", maxCursors)
+	case cur != nil && lost == 0:
+		return next, 0, nil
 	}
-	if err := c.save(vm); err != nil {
-		c.mu.Lock()
-		delete(c.vms[vm], name)
-		c.mu.Unlock()
-		refusal := bus.Errorf(bus.CodeStorageFull, "the cursor cannot be stored: %v", err)
+	if err := c.save(v); err != nil {
+		if cur == nil {
+			c.mu.Lock()
+			delete(v.all, name)
+			c.mu.Unlock()
+		}
+		refusal := bus.Errorf(bus.CodeStorageFull, "the cursor cannot be stored (%v); subscribe again later, or without one", err)
 		refusal.RetryAfter = time.Second
-		return 0, refusal
+		return 0, 0, refusal
 	}
-	return next, nil
+	return next, lost, nil
 }
 
-// load reads a VM's cursors once. Call with files held.
-func (c *cursors) load(vm string) error {
-	c.mu.Lock()
-	known := c.vms[vm] != nil
-	c.mu.Unlock()
-	if known {
+// load reads a VM's cursors once. Call with its file held.
+func (c *cursors) load(v *vmCursors) error {
+	if v.loaded {
 		return nil
 	}
-	of := make(map[string]*cursor)
-	data, err := os.ReadFile(c.path(vm))
+	all := make(map[string]*cursor)
+	data, err := os.ReadFile(v.path)
 	if err == nil {
-		err = json.Unmarshal(data, &of)
+		err = json.Unmarshal(data, &all)
 	}
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
+	for name, cur := range all {
+		if cur == nil { // somebody edited the file
+			delete(all, name)
+		}
+	}
 	c.mu.Lock()
-	c.vms[vm] = of
+	if v.all = all; all == nil {
+		v.all = make(map[string]*cursor)
+	}
 	c.mu.Unlock()
+	v.loaded = true
 	return nil
 }
 
-func (c *cursors) path(vm string) string { return filepath.Join(c.dir, vm+".json") }
-
-// save replaces a VM's file durably. Call with files held.
-func (c *cursors) save(vm string) error {
+// save replaces a VM's file durably. Call with it held.
+func (c *cursors) save(v *vmCursors) error {
 	c.mu.Lock()
-	data, err := json.Marshal(c.vms[vm])
+	data, err := json.Marshal(v.all)
 	c.mu.Unlock()
 	if err != nil {
 		return err
 	}
-	return replaceDurably(c.path(vm), append(data, '\n'))
+	return replaceDurably(v.path, append(data, '\n'))
 }
 
 // move takes in an acknowledgement. Positions never go back.
@@ -148,9 +175,11 @@ func (c *cursors) move(sub *session.Subscription, seq uint64) {
 	}
 	vm := sub.Session().VM()
 	c.mu.Lock()
-	if cur := c.vms[vm][sub.Cursor()]; cur != nil && seq+1 > cur.Next {
-		cur.Next = seq + 1
-		c.moved[vm] = struct{}{}
+	if v := c.vms[vm]; v != nil {
+		if cur := v.all[sub.Cursor()]; cur != nil && seq+1 > cur.Next {
+			cur.Next = seq + 1
+			c.moved[vm] = struct{}{}
+		}
 	}
 	c.mu.Unlock()
 	select {
@@ -183,14 +212,18 @@ func (c *cursors) run(ctx context.Context, log *logrus.Logger) {
 
 func (c *cursors) flush() error {
 	c.mu.Lock()
-	moved := c.moved
-	c.moved = make(map[string]struct{})
+	moved := make(map[string]*vmCursors, len(c.moved))
+	for vm := range c.moved {
+		moved[vm] = c.vms[vm]
+	}
+	clear(c.moved)
 	c.mu.Unlock()
-	c.files.Lock()
-	defer c.files.Unlock()
 	var errs []error
-	for vm := range moved {
-		if err := c.save(vm); err != nil {
+	for vm, v := range moved {
+		v.file.Lock()
+		err := c.save(v)
+		v.file.Unlock()
+		if err != nil {
 			errs = append(errs, err)
 			c.mu.Lock()
 			c.moved[vm] = struct{}{} // the next move tries again

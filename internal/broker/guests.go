@@ -1,6 +1,9 @@
 package broker
 
 import (
+	"bytes"
+	"context"
+	"errors"
 	"time"
 
 	"github.com/sirupsen/logrus"
@@ -13,7 +16,7 @@ import (
 
 // Decide judges a hello (contract 2). Nothing that it refuses leaves a trace
 // beyond the record of the refusal.
-func (b *Broker) Decide(h wire.Hello, _ string) session.Decision {
+func (b *Broker) Decide(h wire.Hello) session.Decision {
 	refuse := func(reason string) session.Decision { return session.Decision{Refuse: reason} }
 	accept := b.settings.Load().AcceptUnknown
 	switch {
@@ -62,17 +65,39 @@ const (
 	reasonTooManySessions = "too-many-sessions"
 )
 
+// pace is how often a VM may connect: often enough for any restart, seldom enough
+// that one guest cannot fill the presence history and the event files alone.
+var pace = presence.Rate{Records: 10, Burst: 100, Bytes: 1}
+
 // Admit makes s the session of its VM. An older one of the same VM is ended; it
-// was entitled to the name by the same means.
-func (b *Broker) Admit(s *session.Session, h wire.Hello) (session.Guest, session.Decision) {
-	if n := b.sessions.Add(1); n > int64(b.settings.Load().MaxSessions) {
-		b.sessions.Add(-1)
-		return nil, session.Decision{Refuse: reasonTooManySessions}
+// was entitled to the name by the same means. The guest is judged once more,
+// together with its entry into the table: a name removed or a key replaced during
+// the handshake lets nobody in, and one replaced later finds the session.
+func (b *Broker) Admit(ctx context.Context, s *session.Session, h wire.Hello, proven []byte) (session.Guest, session.Decision) {
+	if wait := b.table.Pace(h.VM, pace); wait > 0 {
+		t := time.NewTimer(wait)
+		defer t.Stop()
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+		}
 	}
 	caps := h.Capabilities()
-	v, old, ok := b.table.Connect(h.VM, s, s.Remote(), caps)
-	if !ok {
-		b.sessions.Add(-1)
+	b.admission.RLock()
+	d := b.Decide(h)
+	if d.Refuse == "" && !bytes.Equal(d.Key, proven) {
+		d.Refuse = wire.ReasonAuthFailed
+	}
+	if d.Refuse != "" {
+		b.admission.RUnlock()
+		return nil, d
+	}
+	v, old, err := b.table.Connect(h.VM, s, s.Remote(), caps)
+	b.admission.RUnlock()
+	switch {
+	case errors.Is(err, presence.ErrTooManySessions):
+		return nil, session.Decision{Refuse: reasonTooManySessions}
+	case err != nil:
 		return nil, session.Decision{Refuse: reasonTooManyVMs}
 	}
 	if o, isSession := old.(*session.Session); isSession {
@@ -87,9 +112,8 @@ func (b *Broker) Admit(s *session.Session, h wire.Hello) (session.Guest, session
 
 // Release notes the end of a session.
 func (b *Broker) Release(s *session.Session, end session.End) {
-	b.sessions.Add(-1)
-	if a, ok := s.Account().(*account); ok {
-		b.table.Disconnect(a.VM, s)
+	if a, ok := s.Account().(*account); ok && b.table.Disconnect(a.VM, s) {
+		b.records.handshake(s.VM()) // its subscriptions have ended
 	}
 	e := b.entry(s)
 	switch end.Reason {
@@ -113,7 +137,11 @@ func (b *Broker) Refused(r session.Refusal) {
 	if vm == "" {
 		vm = r.Remote
 	}
-	b.records.event(handshakeEvent(vm, r.Capabilities, r.Outcome, r.Reason, r.Remote))
+	reason := r.Reason
+	if reason == reasonTooManyVMs || reason == reasonTooManySessions {
+		reason = wire.ReasonForbidden // the file's reasons are a closed list
+	}
+	b.records.event(handshakeEvent(vm, r.Capabilities, r.Outcome, reason, r.Remote))
 	if r.VM == "" || r.Reason == wire.ReasonMissingCapability {
 		return
 	}

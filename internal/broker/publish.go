@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"strings"
+	"sync"
 
 	"github.com/castrabus/castra/internal/bus"
 	"github.com/castrabus/castra/internal/eventlog"
@@ -26,7 +27,7 @@ func (b *Broker) Publish(ctx context.Context, req bus.PublishRequest) (uint64, e
 	switch {
 	case !wire.ValidTopic(req.Topic):
 		return 0, bus.Errorf(bus.CodeBadTopic, "%q is no topic: 1 to %d of A-Za-z0-9._:/-, and behind vm: a VM's name", req.Topic, wire.MaxTopic)
-	case strings.HasPrefix(req.Topic, "castra."):
+	case strings.HasPrefix(req.Topic, wire.BrokerPrefix):
 		return 0, bus.Errorf(bus.CodeForbidden, "topics beginning castra. are published by castrad itself; choose another")
 	case req.Reply != "" && !wire.ValidTopic(req.Reply):
 		return 0, bus.Errorf(bus.CodeBadTopic, "reply %q is no topic", req.Reply)
@@ -70,6 +71,9 @@ func (b *Broker) WaitAck(ctx context.Context, seq uint64) (string, error) {
 	woken, leave := b.acks.join()
 	defer leave()
 	for {
+		if vm, ok := b.acked.find(topic, seq); ok {
+			return vm, nil
+		}
 		subs := b.topics.subscribers(topic)
 		for _, sub := range subs {
 			if sub.Started() <= seq && sub.Acked() >= seq {
@@ -103,4 +107,42 @@ func (b *Broker) topicOf(seq uint64) (string, error) {
 		return "", bus.Errorf(bus.CodeInternal, "reading record %d: %v", seq, err)
 	}
 	return string(rec.Topic), nil
+}
+
+// ackMemory remembers how far those had acknowledged who are subscribed no
+// longer: who asks for an ack may ask a moment too late.
+type ackMemory struct {
+	mu   sync.Mutex
+	past []pastAck // oldest first, at most ackMemorySize
+}
+
+const ackMemorySize = 256
+
+type pastAck struct {
+	vm         string
+	pattern    wire.Pattern
+	start, end uint64
+}
+
+// note remembers a subscription that ends.
+func (m *ackMemory) note(sub *session.Subscription) {
+	if sub.Acked() == 0 {
+		return
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.past = append(m.past, pastAck{sub.Session().VM(), sub.Pattern(), sub.Started(), sub.Acked()})
+	m.past = m.past[max(0, len(m.past)-ackMemorySize):]
+}
+
+// find gives who had acknowledged the record seq on topic.
+func (m *ackMemory) find(topic string, seq uint64) (vm string, ok bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, p := range m.past {
+		if p.start <= seq && seq <= p.end && p.pattern.Match(topic) {
+			return p.vm, true
+		}
+	}
+	return "", false
 }

@@ -1,6 +1,7 @@
 package broker
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -269,15 +270,14 @@ func (r *rotated) write(lines []byte) error {
 		return nil
 	}
 	if r.f == nil {
-		f, err := os.OpenFile(r.path, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o640)
+		f, err := os.OpenFile(r.path, os.O_RDWR|os.O_CREATE|os.O_APPEND, 0o640)
 		if err != nil {
 			return err
 		}
-		st, err := f.Stat()
-		if err != nil {
+		if r.size, err = wholeLines(f); err != nil {
 			return errors.Join(err, f.Close())
 		}
-		r.f, r.size = f, st.Size()
+		r.f = f
 	}
 	if r.size > 0 && r.size+int64(len(lines)) > eventFileSize {
 		if err := errors.Join(r.close(), r.shift()); err != nil {
@@ -285,12 +285,31 @@ func (r *rotated) write(lines []byte) error {
 		}
 		return r.write(lines)
 	}
-	n, err := r.f.Write(lines)
-	r.size += int64(n)
-	if err != nil { // open it again next time: it may have been replaced
-		return errors.Join(err, r.close())
+	if _, err := r.f.Write(lines); err != nil {
+		// A part of a line must not stay: what follows would be joined to it.
+		return errors.Join(err, r.f.Truncate(r.size), r.close())
 	}
+	r.size += int64(len(lines))
 	return nil
+}
+
+// wholeLines cuts off a last line that a crash left unfinished, and gives the
+// file's size then.
+func wholeLines(f *os.File) (int64, error) {
+	st, err := f.Stat()
+	if err != nil {
+		return 0, err
+	}
+	size := st.Size()
+	tail := make([]byte, min(size, 64<<10)) // longer than any line
+	if _, err := f.ReadAt(tail, size-int64(len(tail))); err != nil {
+		return 0, err
+	}
+	whole := size - int64(len(tail)) + int64(bytes.LastIndexByte(tail, '\n')) + 1
+	if whole == size {
+		return size, nil
+	}
+	return whole, f.Truncate(whole)
 }
 
 // shift renames path to path.1 and so on; the oldest goes.

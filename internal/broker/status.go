@@ -51,7 +51,7 @@ func (b *Broker) State() string {
 // Addresses lists the listeners' addresses.
 func (b *Broker) Addresses() []string {
 	out := []string{}
-	for _, l := range b.listeners {
+	for _, l := range b.listening() {
 		out = append(out, l.Addr().String())
 	}
 	return out
@@ -72,7 +72,9 @@ func (b *Broker) describe(names []string) []bus.VM {
 
 // AddVM registers a VM; see [identity.Registry.Add].
 func (b *Broker) AddVM(_ context.Context, req bus.AddVMRequest) (created bool, key []byte, err error) {
+	b.admission.Lock()
 	created, key, err = b.opts.Registry.Add(req)
+	b.admission.Unlock()
 	if err == nil && created {
 		b.table.Know(req.Name)
 		b.table.Admitted(req.Name)
@@ -83,21 +85,30 @@ func (b *Broker) AddVM(_ context.Context, req bus.AddVMRequest) (created bool, k
 
 // RemoveVM forgets a VM and ends its session.
 func (b *Broker) RemoveVM(_ context.Context, name string) error {
-	if err := b.opts.Registry.Remove(name); err != nil {
+	b.admission.Lock()
+	err := b.opts.Registry.Remove(name)
+	if err == nil {
+		b.endSession(name, "the VM was removed from the registry")
+		b.table.Forget(name)
+	}
+	b.admission.Unlock()
+	if err != nil {
 		return err
 	}
-	b.endSession(name, "the VM was removed from the registry")
-	b.table.Forget(name)
 	b.log.WithField("vm", name).Info("VM removed")
 	return nil
 }
 
 // RekeyVM gives a VM a new key. A session made with the old one ends.
 func (b *Broker) RekeyVM(_ context.Context, name string) (key []byte, err error) {
-	if key, err = b.opts.Registry.Rekey(name); err != nil {
+	b.admission.Lock()
+	if key, err = b.opts.Registry.Rekey(name); err == nil {
+		b.endSession(name, "the VM has a new key")
+	}
+	b.admission.Unlock()
+	if err != nil {
 		return nil, err
 	}
-	b.endSession(name, "the VM has a new key")
 	b.log.WithField("vm", name).Info("VM has a new key")
 	return key, nil
 }

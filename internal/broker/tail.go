@@ -131,6 +131,9 @@ func (t *tail) begin(req bus.TailRequest, newest uint64) (uint64, error) {
 	case req.From > 0:
 		return req.From, nil
 	case !req.Since.IsZero():
+		if vm != "" {
+			return t.log.FirstSinceOf(vm, req.Since)
+		}
 		return t.log.FirstSince(req.Since)
 	case req.All && vm != "":
 		return t.log.OldestOf(vm)

@@ -36,6 +36,7 @@ func (b *Broker) Subscribe(sub *session.Subscription) {
 
 // Unsubscribe ends that.
 func (b *Broker) Unsubscribe(sub *session.Subscription) {
+	b.acked.note(sub)
 	x := &b.topics
 	x.mu.Lock()
 	defer x.mu.Unlock()

@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"reflect"
 	"sync"
 	"syscall"
 	"time"
@@ -137,6 +138,7 @@ func (d *daemon) run() error {
 		}
 		d.reload()
 	}
+	signal.Stop(signals) // a second one ends what hangs
 	d.notify("STOPPING=1\nSTATUS=Ending sessions")
 	cancel()
 	work.Wait()
@@ -257,17 +259,27 @@ func (d *daemon) reload() {
 	if err != nil {
 		d.log.WithError(err).Error("the configuration is kept as it was")
 	} else {
-		problems, err := d.reg.Reload()
+		d.noteRestart(cfg)
+		d.cfg = cfg
+		d.warn()
+		problems, err := d.broker.Configure(settings(cfg))
 		if err != nil {
 			d.log.WithError(err).Error("the registry of VMs is kept as it was")
 		}
 		d.complain(problems)
-		d.cfg = cfg
-		d.warn()
-		d.broker.Configure(settings(cfg))
 		d.log.Info("the configuration was read again")
 	}
 	d.notify("READY=1")
+}
+
+// noteRestart says which changes a reload does not bring.
+func (d *daemon) noteRestart(cfg config.Host) {
+	b := cfg.Broker
+	b.UnknownVMs, b.GuestTopics = d.cfg.Broker.UnknownVMs, d.cfg.Broker.GuestTopics
+	b.HandshakeTimeout, b.SessionTimeout, b.ReachableWithin = d.cfg.Broker.HandshakeTimeout, d.cfg.Broker.SessionTimeout, d.cfg.Broker.ReachableWithin
+	if cfg.Store != d.cfg.Store || !reflect.DeepEqual(b, d.cfg.Broker) || cfg.Limits.MaxHandshakes != d.cfg.Limits.MaxHandshakes {
+		d.log.Warn("changes of [store], broker.listen, broker.vms_dir or limits.max_handshakes take effect at the next start: systemctl restart castrad")
+	}
 }
 
 // busState takes in whether D-Bus is served.

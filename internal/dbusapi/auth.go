@@ -114,7 +114,7 @@ func (a *authorizer) allow(ctx context.Context, h *header, what action) error {
 		case err == nil && allowed:
 			return nil
 		case err == nil:
-			return bus.Errorf(bus.CodeAccessDenied, "polkit does not allow %s the action %s; a rule or an administrator's password can", nameOf(who.uid), what)
+			return bus.Errorf(bus.CodeAccessDenied, "polkit does not allow %s the action %s; as installed, it allows it to members of the group %s and to who gives an administrator's password", nameOf(who.uid), what, a.srv.hooks.group)
 		case ctx.Err() != nil, errors.Is(err, errDialogs):
 			return err
 		}

@@ -154,7 +154,7 @@ func TestAuthorizationWithPolkit(t *testing.T) {
 	if len(refused) != 5 || refused["Tail"] != "" {
 		t.Errorf("with polkit: %v", refused)
 	}
-	want := fmt.Sprintf("polkit does not allow uid %d the action org.castra.Bus1.publish; a rule or an administrator's password can", anybody)
+	want := fmt.Sprintf("polkit does not allow uid %d the action org.castra.Bus1.publish; as installed, it allows it to members of the group %s and to who gives an administrator's password", anybody, name)
 	if refused["Publish"] != want {
 		t.Errorf("the refusal is %q", refused["Publish"])
 	}

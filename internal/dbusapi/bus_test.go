@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -69,6 +70,7 @@ func (b *testBus) start() {
 	b.t.Helper()
 	os.Remove(filepath.Join(b.dir, "bus"))
 	b.process = exec.Command("dbus-daemon", "--nofork", "--nopidfile", "--print-address", "--config-file="+filepath.Join(b.dir, "config"))
+	b.process.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL} // a test that panics cleans nothing up
 	var said bytes.Buffer
 	b.process.Stderr = &said
 	out, err := b.process.StdoutPipe()

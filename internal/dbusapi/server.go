@@ -23,8 +23,9 @@ type Bus interface {
 	Publish(ctx context.Context, req bus.PublishRequest) (seq uint64, err error)
 	// WaitAck returns the guest that acknowledged record seq, or ctx's error.
 	WaitAck(ctx context.Context, seq uint64) (vm string, err error)
-	// Tail writes records, one a line, until it has shown all that was asked for,
-	// ctx is done or w fails.
+	// Tail writes records, one a line, until it has shown all that was asked for;
+	// then it returns nil. It returns an error if it ends before, as when ctx is
+	// done or w fails.
 	Tail(ctx context.Context, req bus.TailRequest, w io.Writer) error
 	// Status describes the bus and the named VMs, those that there are; with no
 	// names, all of them.
@@ -89,7 +90,7 @@ type hooks struct {
 	group    string
 	receipt  time.Duration // see receiptTimeout
 	grace    time.Duration // see stopGrace
-	linked   func(*link) // called for each connection, before it serves; may be nil
+	linked   func(*link)   // called for each connection, before it serves; may be nil
 }
 
 // Start connects to the message bus and owns the name. It returns once the name is

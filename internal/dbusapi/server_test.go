@@ -3,6 +3,7 @@ package dbusapi
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"os"
 	"path/filepath"
@@ -215,29 +216,57 @@ func TestStuckBus(t *testing.T) {
 	h.grace = 10 * time.Millisecond
 	s := b.serve(Options{Bus: f}, h)
 	signals := watch(t, b.client())
-	stopped := b.process.Process
-	if err := stopped.Signal(syscall.SIGSTOP); err != nil {
+	// stick stops the bus while it is being sent more than the sockets hold.
+	stick := func() {
+		t.Helper()
+		if err := b.process.Process.Signal(syscall.SIGSTOP); err != nil {
+			t.Fatal(err)
+		}
+		f.mu.Lock()
+		before := f.statuses
+		f.mu.Unlock()
+		f.set(bus.VM{VM: "web1", State: "reachable", Session: strings.Repeat("x", 8<<20)})
+		eventually(t, "the change is being signalled", func() bool {
+			f.mu.Lock()
+			defer f.mu.Unlock()
+			return f.statuses > before
+		})
+	}
+	stick()
+	for n := range 10_000 {
+		f.set(bus.VM{VM: "web1", State: "reachable", Session: fmt.Sprint(n)})
+	}
+	if err := b.process.Process.Signal(syscall.SIGCONT); err != nil {
 		t.Fatal(err)
 	}
-	for n := range 50_000 { // some ten times what the sockets hold
-		f.set(bus.VM{VM: "web1", State: "reachable", Reachable: true, Session: strings.Repeat("x", n%500)})
-	}
-	f.set(bus.VM{VM: "web1", State: "reachable", Reachable: true, Session: "the last"})
-	if err := stopped.Signal(syscall.SIGCONT); err != nil {
-		t.Fatal(err)
-	}
-	for session := any(nil); session != "the last"; {
+	count := 0
+	for session := any(nil); session != "9999"; count++ {
 		if v, ok := signal(t, signals).Body[1].(vars)["Session"]; ok {
 			session = v.Value()
 		}
 	}
-	if err := stopped.Signal(syscall.SIGSTOP); err != nil {
-		t.Fatal(err)
+	if count != 2 {
+		t.Errorf("%d signals, and not only the one that stuck and the last state", count)
 	}
-	defer stopped.Signal(syscall.SIGCONT)
-	for n := range 50_000 {
-		f.set(bus.VM{VM: "web1", State: "reachable", Session: strings.Repeat("x", n%500)})
+	stick()
+	s.Close()
+}
+
+// TestOneWordAChange tries a bus that is not there again and again.
+func TestOneWordAChange(t *testing.T) {
+	b, h := newBus(t, openPolicy), quick()
+	b.stop()
+	onState, told := states()
+	again := make(chan time.Duration) // unbuffered: the server waits for the test
+	h.retry = held(again)
+	s := b.serve(Options{Bus: newFakeBus(), OnState: onState}, h)
+	for range 5 {
+		again <- 0
 	}
+	if len(told) != 1 {
+		t.Errorf("told %d times", len(told))
+	}
+	close(again)
 	s.Close()
 }
 

@@ -79,3 +79,23 @@ func TestManagedObjects(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+func TestDirtySet(t *testing.T) {
+	d := newDirtySet()
+	d.mark("before")
+	if known := d.start(newFakeBus(bus.VM{VM: "web1"})); len(known) != 1 {
+		t.Errorf("known: %v", known)
+	}
+	for n := range 300 {
+		d.mark(fmt.Sprint(n % 3))
+	}
+	if got := len(d.take(2)) + len(d.take(2)) + len(d.take(2)); got != 3 {
+		t.Errorf("%d names are dirty", got)
+	}
+	d.mark("web1")
+	d.stop()
+	d.mark("after") // with no bus to tell, nothing piles up
+	if got := d.take(10); got != nil {
+		t.Errorf("kept for nobody: %v", got)
+	}
+}

@@ -46,8 +46,7 @@ func introspection(_ context.Context, c *call, _ []any) ([]any, error) {
 		children = []string{"org"}
 	default:
 		// The one way down from here to a VM.
-		rest := strings.TrimPrefix(string(vmParent), string(c.path)+"/")
-		child, _, _ := strings.Cut(rest, "/")
+		child, _, _ := strings.Cut(string(vmParent[len(c.path)+1:]), "/")
 		children = []string{child}
 	}
 	var b strings.Builder

@@ -49,7 +49,7 @@ func tail(ctx context.Context, c *call, args []any) ([]any, error) {
 	c.after = func() {
 		c.link.calls.Go(func() {
 			defer release()
-			c.link.srv.runTail(held, req, ours, theirs)
+			c.link.runTail(held, req, ours, theirs)
 		})
 	}
 	return []any{dbus.UnixFD(theirs.Fd())}, nil
@@ -77,21 +77,26 @@ func socketPair() (ours, theirs *os.File, err error) {
 
 // runTail waits until the caller has its end, and then writes records until all
 // are written, the caller closes its end or leaves the bus, or the link ends.
-func (s *Server) runTail(ctx context.Context, req bus.TailRequest, ours, theirs *os.File) {
+func (l *link) runTail(ctx context.Context, req bus.TailRequest, ours, theirs *os.File) {
 	defer ours.Close()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	defer context.AfterFunc(ctx, func() { ours.Close() })() // ends reads and writes
+	interrupted := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		_ = ours.SetDeadline(time.Unix(1, 0)) // ends the reads and writes under way
+		close(interrupted)
+	})
 	// The bus daemon, which has the descriptor for a while, gives no word of
 	// when the caller got it. Were our copy closed too early the kernel would
 	// take the caller's end for closed; were it kept, never.
-	_ = ours.SetReadDeadline(time.Now().Add(s.hooks.receipt))
+	_ = ours.SetReadDeadline(time.Now().Add(l.srv.hooks.receipt))
 	_, err := io.ReadFull(ours, make([]byte, 1))
 	theirs.Close()
 	if err != nil {
+		stop()
 		return
 	}
-	_ = ours.SetReadDeadline(time.Time{})
+	_ = ours.SetReadDeadline(time.Time{}) // an interrupt that this undoes is ctx's end all the same
 
 	// Nothing more is expected to be read, but the end.
 	var gone sync.WaitGroup
@@ -100,27 +105,48 @@ func (s *Server) runTail(ctx context.Context, req bus.TailRequest, ours, theirs 
 		cancel()
 	})
 	w := &tailWriter{w: ours}
-	err = s.opts.Bus.Tail(ctx, req, w)
-	if err != nil && ctx.Err() == nil && w.err == nil {
-		_, _ = w.Write(errorLine(err))
+	err = l.srv.opts.Bus.Tail(ctx, req, w)
+	if !stop() {
+		<-interrupted // or it would interrupt the last line too
+	}
+	if l.soft.Err() != nil && (err != nil || req.Follow) {
+		err = bus.Errorf(bus.CodeShuttingDown, "%s is stopping or lost the message bus; tail again", l.srv.daemon)
+	} else if ctx.Err() != nil {
+		err = nil // nobody is there to be told
+	}
+	if err != nil && !w.inLine {
+		writeLast(ours, errorLine(err))
 	}
 	ours.Close() // the caller reads to the end, and our reader ends
 	gone.Wait()
 }
 
-// tailWriter remembers that a write failed: a line may be cut off then, and
-// nothing must follow it.
-type tailWriter struct {
-	w   io.Writer
-	err error
+// writeLast writes the line that says why a tail ends early. It must not get lost
+// where the caller lags behind, for then the tail would seem complete; so there is
+// more room for it than for records, and nothing to wait for.
+func writeLast(ours *os.File, line []byte) {
+	if raw, err := ours.SyscallConn(); err == nil {
+		_ = raw.Control(func(fd uintptr) {
+			_ = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_SNDBUF, 2*tailBuffer)
+		})
+	}
+	_ = ours.SetWriteDeadline(time.Now().Add(time.Second)) // only if there were none after all
+	_, _ = ours.Write(line)
 }
 
-func (t *tailWriter) Write(p []byte) (n int, err error) {
-	if t.err != nil {
-		return 0, t.err
+// tailWriter keeps in mind whether the last write ended with a line, since nothing
+// must be written after one that was cut off.
+type tailWriter struct {
+	w      io.Writer
+	inLine bool
+}
+
+func (t *tailWriter) Write(p []byte) (int, error) {
+	n, err := t.w.Write(p)
+	if n > 0 {
+		t.inLine = p[n-1] != '\n'
 	}
-	n, t.err = t.w.Write(p)
-	return n, t.err
+	return n, err
 }
 
 // errorLine tells the reader of a tail why it ends early, in the form that a

@@ -43,7 +43,8 @@ func endless(begun chan<- struct{}, ended chan<- error) func(context.Context, bu
 		begun <- struct{}{}
 		for n := 0; ; n++ {
 			if _, err := fmt.Fprintf(w, "%1000d\n", n); err != nil || ctx.Err() != nil {
-				ended <- errors.Join(err, ctx.Err())
+				err = errors.Join(err, ctx.Err())
+				ended <- err
 				return err
 			}
 		}
@@ -139,6 +140,47 @@ func TestTailEnds(t *testing.T) {
 			})
 		}
 	}
+}
+
+// TestTailCutShort closes the server while a tail has more to show: its reader must
+// not take that for the end.
+func TestTailCutShort(t *testing.T) {
+	const stopping = `{"type":"error","code":"shutting-down","reason":"castrad is stopping or lost the message bus; tail again"}`
+	t.Run("idle", func(t *testing.T) {
+		b, f := newBus(t, openPolicy), newFakeBus()
+		begun := make(chan struct{}, 1) // one tail
+		f.tail = func(ctx context.Context, _ bus.TailRequest, w io.Writer) error {
+			fmt.Fprintln(w, "{}")
+			begun <- struct{}{}
+			<-ctx.Done()
+			return ctx.Err()
+		}
+		s := b.serve(Options{Bus: f}, quick())
+		r := openTail(t, b.client(), nil)
+		acknowledge(t, r)
+		receive(t, begun)
+		s.Close()
+		if got, err := io.ReadAll(r); err != nil || string(got) != "{}\n"+stopping+"\n" {
+			t.Errorf("%q, %v", got, err)
+		}
+	})
+	t.Run("read slowly", func(t *testing.T) {
+		b, f := newBus(t, openPolicy), newFakeBus()
+		begun, ended := make(chan struct{}, 1), make(chan error, 1) // of the one tail
+		f.tail = endless(begun, ended)
+		s := b.serve(Options{Bus: f}, quick())
+		r := openTail(t, b.client(), nil)
+		acknowledge(t, r)
+		receive(t, begun)
+		s.Close()
+		got, err := io.ReadAll(r)
+		if err != nil || len(got) == 0 {
+			t.Fatalf("%d bytes, %v", len(got), err)
+		}
+		if last := got[len(got)-1]; last == '\n' && !strings.HasSuffix(string(got), stopping+"\n") {
+			t.Errorf("it ends like a whole tail: %q", got[max(0, len(got)-200):])
+		}
+	})
 }
 
 // TestTailNeverRead counts what the kernel takes for a caller who does not read.

@@ -5,6 +5,7 @@ package dbusclient
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -143,8 +144,9 @@ func (c *Client) RekeyVM(ctx context.Context, name string) (key []byte, err erro
 
 // Tail returns the records asked for, one a line (see the contract of Tail on
 // D-Bus), as a stream that ends where the request does, and otherwise with ctx,
-// Close of either, or the daemon. Where the daemon ends it early because of an
-// error, the last line is {"type":"error","code":…,"reason":…}.
+// Close of either, or the daemon. Where the daemon ends it early, the last line is
+// {"type":"error","code":…,"reason":…}; where even that was not possible, the last
+// line has no end, or, if the daemon was killed, is any.
 func (c *Client) Tail(ctx context.Context, req bus.TailRequest) (io.ReadCloser, error) {
 	if !c.conn.SupportsUnixFDs() {
 		return nil, fmt.Errorf("the message bus at %s passes no file descriptors, which a tail needs", c.opts.Address)
@@ -164,7 +166,7 @@ func (c *Client) Tail(ctx context.Context, req bus.TailRequest) (io.ReadCloser, 
 		f.Close()
 		return nil, fmt.Errorf("telling %s that the tail's descriptor arrived: %w", c.opts.Daemon, err)
 	}
-	t := &stream{File: f}
+	t := &stream{f: f}
 	ctx, t.cancel = context.WithCancel(ctx)
 	t.stop = context.AfterFunc(ctx, func() { f.Close() })
 	return t, nil
@@ -172,16 +174,26 @@ func (c *Client) Tail(ctx context.Context, req bus.TailRequest) (io.ReadCloser, 
 
 // stream is the reading end of a tail.
 type stream struct {
-	*os.File
+	f      *os.File
 	cancel context.CancelFunc
 	stop   func() bool
+}
+
+// Read returns io.EOF at the tail's end, and os.ErrClosed once Close was called or
+// the context has ended.
+func (t *stream) Read(p []byte) (int, error) {
+	n, err := t.f.Read(p)
+	if errors.Is(err, unix.ECONNRESET) {
+		err = io.EOF // the daemon ended before it read our receipt
+	}
+	return n, err
 }
 
 // Close ends the tail.
 func (t *stream) Close() error {
 	t.stop()
 	t.cancel()
-	return t.File.Close()
+	return t.f.Close()
 }
 
 // tailOptions spells a request as Tail's options.

@@ -33,7 +33,6 @@ type committer struct {
 	next      uint64 // the number of the next record
 	failures  int    // writes failed since the last one that succeeded
 	lastError error  // of the newest failed write
-	state     State
 
 	group  []*Batch
 	chunk  *chunk   // being filled
@@ -51,19 +50,19 @@ func (l *Log) run() {
 	for {
 		select {
 		case b := <-l.queue:
-			l.commit(b)
+			l.round(func() { l.commit(b) })
 		case <-c.syncTimer.C:
-			l.syncLazily()
+			l.round(l.syncLazily)
 		case <-c.retryTimer.C:
-			l.retry()
+			l.round(l.retry)
 		case <-c.expireTimer.C:
-			l.expire()
+			l.round(l.expire)
 			c.expireTimer.Reset(expireInterval)
 		case <-l.quit:
 			for {
 				select {
 				case b := <-l.queue:
-					l.commit(b)
+					l.round(func() { l.commit(b) })
 					continue
 				default:
 				}
@@ -72,6 +71,13 @@ func (l *Log) run() {
 			}
 		}
 	}
+}
+
+// round is one piece of the committer's work, seen to end in time.
+func (l *Log) round(work func()) {
+	l.beginWrite()
+	work()
+	l.endWrite()
 }
 
 func stoppedTimer() *time.Timer {
@@ -163,7 +169,7 @@ func (l *Log) add(e *Entry, when string, now time.Time) error {
 			return err
 		}
 		if full {
-			if err := l.rotate(now); err != nil {
+			if err := l.rotate(); err != nil {
 				return l.fail(err)
 			}
 		}
@@ -197,12 +203,10 @@ func (l *Log) flush(now time.Time) error {
 		return nil
 	}
 	l.reserve()
-	l.beginWrite()
 	_, err := c.file.WriteAt(c.chunk.data, c.size)
 	if err == nil && l.opts.SyncEvery == 0 {
 		err = c.file.Sync()
 	}
-	l.endWrite()
 	if err != nil {
 		return l.fail(err)
 	}
@@ -248,7 +252,7 @@ func (l *Log) reserve() {
 
 // rotate seals the newest segment and begins the next. What is in it is synced
 // first, so that only the newest segment ever has an unfinished tail.
-func (l *Log) rotate(now time.Time) error {
+func (l *Log) rotate() error {
 	c := &l.c
 	if err := l.sync(); err != nil {
 		return err
@@ -262,9 +266,7 @@ func (l *Log) rotate(now time.Time) error {
 // openNext begins the segment of the next record.
 func (l *Log) openNext() error {
 	c := &l.c
-	l.beginWrite()
 	f, err := l.stream.create(c.next)
-	l.endWrite()
 	if err != nil {
 		return err
 	}
@@ -361,18 +363,15 @@ func (l *Log) retry() {
 // healthy notes that the disk takes writes.
 func (l *Log) healthy() {
 	l.c.failures = 0
-	if l.c.state.Degraded != "" {
+	if l.state.Load().Degraded != "" {
 		l.c.retryTimer.Stop()
 		l.setState(State{})
 	}
 }
 
 func (l *Log) setState(s State) {
-	changed := s.Degraded != l.c.state.Degraded
-	l.c.state = s
-	if changed {
-		l.report(s)
-	}
+	l.state.Store(&s)
+	l.stateChanged()
 }
 
 // sync makes everything committed durable.
@@ -381,10 +380,7 @@ func (l *Log) sync() error {
 	if l.durable.Load() == committed || l.c.file == nil {
 		return nil
 	}
-	l.beginWrite()
-	err := l.c.file.Sync()
-	l.endWrite()
-	if err != nil {
+	if err := l.c.file.Sync(); err != nil {
 		return err
 	}
 	l.durable.Store(committed)
@@ -410,7 +406,9 @@ func (l *Log) expire() {
 		r.before = l.perVM.position.Load() + 1
 	}
 	if err := l.stream.expire(r, time.Now()); err != nil {
-		l.report(State{Degraded: l.c.state.Degraded, Err: err})
+		if l.opts.OnError != nil {
+			l.opts.OnError(err)
+		}
 	}
 }
 

@@ -56,7 +56,7 @@ func (c *cursor) read(rec *Record) error {
 			}
 		}
 		line, err := c.line()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			if c.until == 0 { // the newest segment: more may come
 				return io.EOF
 			}
@@ -140,7 +140,7 @@ func (c *cursor) fill() (int, error) {
 	n, err := c.f.ReadAt(buf[c.end:c.end+int(want)], c.off)
 	c.end += n
 	c.off += int64(n)
-	if err == io.EOF {
+	if errors.Is(err, io.EOF) {
 		err = nil
 		if n == 0 { // shorter than it was: the file was cut by somebody else
 			c.limit = c.off

@@ -94,7 +94,7 @@ func (f osFile) control(op string, call func(fd int) error) error {
 	var callErr error
 	err = rc.Control(func(fd uintptr) {
 		for {
-			if callErr = call(int(fd)); callErr != syscall.EINTR {
+			if callErr = call(int(fd)); !errors.Is(callErr, syscall.EINTR) {
 				return
 			}
 		}

@@ -13,8 +13,13 @@ import (
 var ErrClosed = errors.New("the event log is closed")
 
 // ErrStalled says that a write has been outstanding for longer than
-// Options.StallAfter. Whether the batch is stored is open.
+// Options.StallAfter. Unless it is ErrNotQueued too, whether the batch is
+// stored is open.
 var ErrStalled = errors.New("the disk does not answer")
+
+// ErrNotQueued says that the batch was not even taken in: it is not stored, and
+// remains the caller's.
+var ErrNotQueued = fmt.Errorf("%w; nothing was taken in", ErrStalled)
 
 // WriteError says that a batch was refused because the disk refused it; none
 // of its records is stored.
@@ -52,6 +57,16 @@ type Batch struct {
 	done chan struct{}
 }
 
+// Done is closed by nobody: it gives one token when the log is done with a batch
+// for which Append gave ErrStalled. Then its entries tell what became of it.
+// For no batch at all it never does.
+func (b *Batch) Done() <-chan struct{} {
+	if b == nil {
+		return nil
+	}
+	return b.done
+}
+
 // Options say how a log is kept.
 type Options struct {
 	Dir         string
@@ -71,8 +86,11 @@ type Options struct {
 	// OnCommit is called by the committer after each commit, before the
 	// publishers are released. It must be quick and must not call Append.
 	OnCommit func(Commit)
-	// OnState is called when the log becomes degraded or recovers.
+	// OnState is called when the log becomes degraded or recovers, from one
+	// goroutine, with how the log is by then.
 	OnState func(State)
+	// OnError is told of what went wrong without anything being refused.
+	OnError func(error)
 	// OnDamage is called for every damaged place that a reader or the start-up
 	// comes upon, each time it does.
 	OnDamage func(Damage)
@@ -103,6 +121,10 @@ type Log struct {
 	startedAt time.Time
 	gate      atomic.Pointer[stallGate]
 	stall     *time.Timer
+	stallMu   sync.Mutex // held where writing and gate change together
+	state     atomic.Pointer[State]
+	changed   chan struct{} // room for one token: the state is to be reported
+	reported  chan struct{} // closed when the reporting goroutine has ended
 
 	quit     chan struct{} // closed by Close
 	quitOnce sync.Once
@@ -112,11 +134,6 @@ type Log struct {
 	perVM *perVM
 	c     committer
 }
-
-// stallGate is closed when a write has taken too long and replaced by an open
-// one when the disk answered, so that any number of waiting publishers cost no
-// timer each.
-type stallGate struct{ stalled chan struct{} }
 
 // Open opens or creates the log in opts.Dir and recovers what a crash left.
 // Only one process may have a log open.
@@ -141,7 +158,10 @@ func Open(opts Options) (*Log, *Recovery, error) {
 		startedAt: time.Now(),
 		quit:      make(chan struct{}),
 		done:      make(chan struct{}),
+		changed:   make(chan struct{}, 1),
+		reported:  make(chan struct{}),
 	}
+	l.state.Store(&State{})
 	l.gate.Store(&stallGate{stalled: make(chan struct{})})
 	l.stall = time.AfterFunc(time.Hour, l.stalled)
 	l.stall.Stop()
@@ -155,6 +175,7 @@ func Open(opts Options) (*Log, *Recovery, error) {
 		}
 	}
 	go l.run()
+	go l.reportState()
 	return l, rec, nil
 }
 
@@ -163,23 +184,9 @@ func Open(opts Options) (*Log, *Recovery, error) {
 // The error is ErrStalled, ErrClosed or ctx's; after the latter two nothing of
 // b is stored.
 func (l *Log) Append(ctx context.Context, b *Batch) error {
-	if b.done == nil {
-		b.done = make(chan struct{}, 1)
-	}
 	gate := l.gate.Load()
-	select {
-	case <-gate.stalled:
-		return ErrStalled
-	default:
-	}
-	select {
-	case l.queue <- b:
-	case <-gate.stalled:
-		return ErrStalled
-	case <-l.quit:
-		return ErrClosed
-	case <-ctx.Done():
-		return ctx.Err()
+	if err := l.enqueue(ctx, b, gate); err != nil {
+		return err
 	}
 	select {
 	case <-b.done:
@@ -196,6 +203,26 @@ func (l *Log) Append(ctx context.Context, b *Batch) error {
 	}
 }
 
+// enqueue hands b to the committer.
+func (l *Log) enqueue(ctx context.Context, b *Batch, gate *stallGate) error {
+	if b.done == nil {
+		b.done = make(chan struct{}, 1)
+	}
+	if gate.shut() {
+		return ErrNotQueued
+	}
+	select {
+	case l.queue <- b:
+		return nil
+	case <-gate.stalled:
+		return ErrNotQueued
+	case <-l.quit:
+		return ErrClosed
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
 // Committed gives the number of the newest record that readers may see.
 func (l *Log) Committed() uint64 { return l.committed.Load() }
 
@@ -208,8 +235,8 @@ func (l *Log) Oldest() uint64 { return l.stream.oldest() }
 // Lazy tells whether an acknowledged record may still be lost to a power cut.
 func (l *Log) Lazy() bool { return l.opts.SyncEvery != 0 }
 
-// Writing tells for how long the committer has been inside one write or sync;
-// 0 while it is not.
+// Writing tells for how long the committer has been at work on the disk; 0
+// while it is not.
 func (l *Log) Writing() time.Duration {
 	since := l.writing.Load()
 	if since == 0 {
@@ -218,62 +245,37 @@ func (l *Log) Writing() time.Duration {
 	return time.Since(l.startedAt) - time.Duration(since)
 }
 
-// Ping returns once the committer has answered: at once while it is inside a
-// system call, which nothing can hurry, else after its next round. For the
+// Ping returns once the committer has answered: at once while it is at work on
+// the disk, which nothing can hurry, else after its next round. For the
 // watchdog.
 func (l *Log) Ping(ctx context.Context) error {
 	if l.writing.Load() != 0 {
 		return nil
 	}
-	err := l.Append(ctx, &Batch{})
+	b, gate := &Batch{}, l.gate.Load()
+	err := l.enqueue(ctx, b, gate)
 	if errors.Is(err, ErrStalled) {
 		return nil
 	}
-	return err
+	if err != nil {
+		return err
+	}
+	select {
+	case <-b.done:
+		return nil
+	case <-gate.stalled:
+		return nil
+	case <-l.done:
+		return ErrClosed
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }
 
 // Close commits what is queued, syncs it and ends the log's goroutines.
 func (l *Log) Close() error {
 	l.quitOnce.Do(func() { close(l.quit) })
 	<-l.done
+	<-l.reported
 	return l.closeErr
-}
-
-// stalled is called by the timer when a write has taken too long.
-func (l *Log) stalled() {
-	gate := l.gate.Load()
-	if l.Writing() < l.opts.StallAfter {
-		return // the timer fired just as its write ended
-	}
-	select {
-	case <-gate.stalled:
-		return
-	default:
-	}
-	close(gate.stalled)
-	l.report(State{Degraded: "disk stalled", Err: ErrStalled})
-}
-
-func (l *Log) report(s State) {
-	if l.opts.OnState != nil {
-		l.opts.OnState(s)
-	}
-}
-
-// beginWrite and endWrite enclose every write and sync of the committer.
-func (l *Log) beginWrite() {
-	l.writing.Store(max(1, int64(time.Since(l.startedAt))))
-	l.stall.Reset(l.opts.StallAfter)
-}
-
-func (l *Log) endWrite() {
-	l.stall.Stop()
-	l.writing.Store(0)
-	gate := l.gate.Load()
-	select {
-	case <-gate.stalled:
-		l.gate.Store(&stallGate{stalled: make(chan struct{})})
-		l.report(l.c.state)
-	default:
-	}
 }

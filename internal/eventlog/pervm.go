@@ -195,10 +195,14 @@ func (p *perVM) put(rec *Record) error {
 		if err := p.append(s, rec); err != nil {
 			return err
 		}
-		if rec.ID != nil {
-			if err := s.addID(rec); err != nil {
-				return err
-			}
+	}
+	if rec.ID != nil { // the host's too: it has no stream, and may retry
+		s, err := p.stream(rec.VM)
+		if err != nil {
+			return err
+		}
+		if err := s.addID(rec); err != nil {
+			return err
 		}
 	}
 	if vm, ok := p.opts.Owner(rec.Topic); ok && !(sender && string(vm) == string(rec.VM)) {

@@ -141,7 +141,7 @@ func parseRecord(line []byte, rec *Record, verify bool) error {
 		}
 	}
 	*rec = Record{Line: line}
-	ok := true
+	var ok bool
 	if after, found := bytes.CutPrefix(rest, []byte(`"synced":`)); found {
 		if rec.Synced, rest, ok = cutUint(after); !ok || len(rest) == 0 || rest[0] != ',' {
 			return errBadRecord

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"path/filepath"
+	"time"
 )
 
 // vmReader reads a VM's own stream up to where it had been copied when the
@@ -12,6 +13,7 @@ import (
 type vmReader struct {
 	cursor cursor
 	until  uint64
+	begins uint64 // the first number that the stream can have
 	ahead  Record
 	has    bool
 }
@@ -25,11 +27,17 @@ func (l *Log) NewVMReader(vm string, seq uint64) (*Reader, error) {
 		return nil, err
 	}
 	seq = max(1, seq)
-	r := l.NewReader(max(seq, position+1))
-	if st != nil && seq <= position {
-		r.vm = &vmReader{cursor: cursor{st: st, next: seq}, until: position}
-		r.next = seq
+	r := l.NewReader(seq)
+	if st == nil || seq > position {
+		return r, nil
 	}
+	// The VM's stream may begin later than asked for; what is missing there the
+	// host's may still have, or nobody.
+	oldest := st.oldest()
+	if oldest == 0 || oldest > seq && seq >= l.Oldest() {
+		return r, nil
+	}
+	r.vm = &vmReader{cursor: cursor{st: st, next: seq}, until: position, begins: oldest}
 	return r, nil
 }
 
@@ -62,6 +70,11 @@ func (r *Reader) fromVM(rec *Record) (bool, error) {
 		r.next = rec.Seq + 1
 		return true, nil
 	}
+	if v.begins > r.next {
+		gap := &Gap{From: r.next, To: v.begins - 1}
+		r.next = v.begins
+		return false, gap
+	}
 	err := v.cursor.read(rec)
 	damaged := v.cursor.damaged
 	if damaged && r.log.opts.OnDamage != nil {
@@ -86,6 +99,21 @@ func (r *Reader) fromVM(rec *Record) (bool, error) {
 		return false, &Gap{From: from, To: rec.Seq - 1}
 	}
 	return true, nil
+}
+
+// FirstSinceOf is FirstSince over a VM's own stream.
+func (l *Log) FirstSinceOf(vm string, t time.Time) (uint64, error) {
+	st, position, err := l.vmStream(vm)
+	if err != nil {
+		return 0, err
+	}
+	if st != nil {
+		if seq, ok, err := st.firstSince(t); err != nil || ok && seq <= position {
+			return seq, err
+		}
+	}
+	seq, err := l.FirstSince(t)
+	return max(seq, position+1), err
 }
 
 // OldestOf gives the number from which on a VM's own stream, or failing one the

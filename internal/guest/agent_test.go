@@ -181,11 +181,16 @@ func TestHeartbeats(t *testing.T) {
 	})
 }
 
-// A host that reads nothing must not be waited for without end either.
+// A host that reads nothing must not be waited for without end, even if it talks.
 func TestHostThatTakesNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := runAgent(t, nil)
-		f.net.accept(t)
+		p := f.net.accept(t)
+		go func() {
+			for err := error(nil); err == nil; time.Sleep(10 * time.Second) {
+				_, err = p.conn.Write(wire.AppendGapFrame(nil, "nobody", 1, 2))
+			}
+		}()
 		synctest.Wait()
 		begun := time.Now()
 		<-f.publish(bus.PublishRequest{Topic: "t"})
@@ -332,12 +337,19 @@ func TestSummaryWhileTheHostIsAway(t *testing.T) {
 func TestPacing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := runAgent(t, nil)
-		p := f.net.accept(t)
-		_ = p.conn.Close()
-		p = f.net.accept(t)
-		synctest.Wait()
+		var p *peer
+		for range 3 {
+			if p != nil {
+				_ = p.conn.Close()
+			}
+			p = f.net.accept(t)
+			synctest.Wait()
+		}
 		if f.pace.resets != 0 {
 			t.Error("a session that ended at once counts as one that lasted")
+		}
+		if n := f.logs.count("closed the connection"); n != 2 {
+			t.Errorf("the end of two sessions was said %d times", n)
 		}
 		time.Sleep(lastedFor)
 		_ = p.conn.Close()
@@ -403,6 +415,9 @@ func TestStopDrains(t *testing.T) {
 		synctest.Wait()
 		if _, err := f.Publish(t.Context(), bus.PublishRequest{Topic: "t"}); refusalOf(err).Code != bus.CodeShuttingDown {
 			t.Errorf("a stopping agent said %v", err)
+		}
+		if s := f.Status(nil).Broker.State; s != "stopping" || !strings.HasPrefix(f.Summary(), "stopping; connected") {
+			t.Errorf("state %q, %s", s, f.Summary())
 		}
 		p.wantPublish("null", 1)
 		p.wantPublish("null", 0)

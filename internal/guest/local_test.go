@@ -252,7 +252,7 @@ func TestSocketFatal(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			p := connect(t, path)
 			p.say(`{"type":"publish","topic":"before"}`)
-			go p.say(line) // the long one is not read to its end
+			go func() { _, _ = io.WriteString(p.conn, line+"\n") }() // the long one is not read to its end
 			host.wantPublish("null", 3)
 			p.wantPart(`"topic":"before","seq":3`) // lines before it are answered
 			p.wantPart(`{"type":"error","code":"protocol-error","reason":`)
@@ -331,14 +331,39 @@ func TestSocketAnswersUnread(t *testing.T) {
 		}
 	}()
 	go func() {
-		for i := range n {
-			host.wantPublish("null", uint64(i+1))
+		if err := host.ackAll(n); err != nil {
+			t.Error(err)
 		}
 	}()
 	for i := range n {
 		if want := fmt.Sprintf(`"id":"%d","seq":%d}`, i, i+1); !strings.HasSuffix(p.hear(), want) {
 			t.Fatalf("answer %d lacks %s", i, want)
 		}
+	}
+}
+
+// What is not known after a while is answered as queued, and answers that nobody reads
+// are not piled up.
+func TestClientCollects(t *testing.T) {
+	c := newClient(&Agent{outbox: newOutbox(newMemorySpool(1))}, nil)
+	known := func() *answer { return &answer{line: make([]byte, 1000)} }
+	late := &answer{by: time.Now().Add(-1), ack: wire.Ack{Kind: "publish"}}
+	waiting := &answer{by: time.Now().Add(hang), ack: wire.Ack{Kind: "publish"}}
+	c.answers = []*answer{known(), late, waiting, known()}
+	if n, next := c.collect(); n != 2 || !next.Equal(waiting.by) || len(c.answers) != 2 {
+		t.Errorf("collected %d, left %d, next at %v", n, len(c.answers), next)
+	}
+	if want := `{"type":"ack","ack":"publish","status":"ok","durable":false,"queued":true}` + "\n"; !strings.HasSuffix(string(c.out), want) {
+		t.Errorf("late answer is %q", c.out[1000:])
+	}
+	c.settle(late, result{seq: 1}) // too late
+	c.settle(waiting, result{seq: 2})
+	for range 1000 {
+		c.answers = append(c.answers, known())
+	}
+	c.collect()
+	if len(c.out) < clientBuffer || len(c.out) > clientBuffer+1000 || strings.Contains(string(c.out), `"seq":1}`) {
+		t.Errorf("%d bytes wait to be read", len(c.out))
 	}
 }
 

@@ -1,6 +1,7 @@
 package guest
 
 import (
+	"errors"
 	"fmt"
 	"slices"
 	"sync"
@@ -92,7 +93,7 @@ func (o *outbox) put(r Record, done func(result)) error {
 		return errStopping
 	}
 	pos, err := o.spool.Append(r)
-	if refusal, ok := err.(*bus.Error); ok { //nolint:errorlint // Append gives nothing that wraps one
+	if refusal, ok := errors.AsType[*bus.Error](err); ok {
 		refusal.RetryAfter = retryAway
 		if o.live {
 			refusal.RetryAfter = retryConnected
@@ -182,15 +183,14 @@ func (o *outbox) next() *Record {
 	if len(o.flight) >= o.window || len(o.flight) > 0 && o.load >= windowBytes {
 		return nil
 	}
-	for pos := o.sent; ; pos++ {
-		r, ok := o.spool.After(pos)
-		if !ok {
-			return nil
-		}
-		if pos = r.pos; !o.settled[pos] {
-			return r
-		}
+	r, ok := o.spool.After(o.sent)
+	for ok && o.settled[r.pos] {
+		r, ok = o.spool.After(r.pos)
 	}
+	if !ok {
+		return nil
+	}
+	return r
 }
 
 // answer takes the host's ack of a publish. The error says that the host broke the
@@ -272,11 +272,14 @@ func (o *outbox) settle(pos uint64, res result) (told func()) {
 		delete(o.settled, settled)
 		o.spool.Release(settled)
 	}
-	if n, _ := o.spool.Size(); n == 0 && o.empty != nil {
-		close(o.empty)
-		o.empty = nil
+	var empty chan struct{}
+	if n, _ := o.spool.Size(); n == 0 {
+		empty, o.empty = o.empty, nil
 	}
 	return func() {
+		if empty != nil {
+			close(empty)
+		}
 		switch {
 		case done != nil:
 			done(res)

@@ -147,6 +147,29 @@ func TestOutboxResendsAfterASessionBroke(t *testing.T) {
 	}
 }
 
+// What was accepted ahead of an older record is passed over on the next session, and
+// nothing else.
+func TestOutboxResendsOnlyWhatIsNotSettled(t *testing.T) {
+	b := newBox(t, 1<<20)
+	b.begin()
+	b.publish("a", "b", "c", "d", "e")
+	b.wantSent("a", "b", "c", "d", "e")
+	b.refuse("a", bus.CodeStorageFull, time.Hour)
+	b.ok("b", 1)
+	b.refuse("c", bus.CodeStorageFull, time.Hour)
+	b.ok("d", 2)
+	b.end()
+	b.begin()
+	b.wantSent("a")
+	b.ok("a", 3)
+	b.wantSent("c", "e")
+	b.ok("c", 4)
+	b.ok("e", 5)
+	if c := b.counts(); c.records != 0 || len(b.settled) != 0 {
+		t.Errorf("%d records are left, %d settled", c.records, len(b.settled))
+	}
+}
+
 func TestOutboxGoesOneByOneAfterARefusalForNow(t *testing.T) {
 	for _, code := range []bus.Code{bus.CodeRateLimited, bus.CodeStorageFull, bus.CodeStorageStalled, bus.CodeShuttingDown} {
 		t.Run(string(code), func(t *testing.T) {

@@ -140,6 +140,24 @@ func (p *peer) wantPublish(payload string, seq uint64) (id string) {
 	return id
 }
 
+// ackAll acknowledges the next n publishes, numbered from 1. Any goroutine may call it.
+func (p *peer) ackAll(n int) error {
+	var m wire.Message
+	for i := range n {
+		frame, err := wire.ReadFrame(p.r, nil)
+		if err == nil {
+			err = p.dec.Decode(frame, &m)
+		}
+		if err == nil {
+			_, err = p.conn.Write(wire.AppendAckFrame(nil, &wire.Ack{Kind: "publish", ID: m.ID, Seq: uint64(i + 1)}))
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 func (p *peer) ack(id string, seq uint64) {
 	p.t.Helper()
 	p.send(fmt.Sprintf(`{"type":"ack","ack":"publish","status":"ok","topic":"t","id":%q,"seq":%d}`, id, seq))

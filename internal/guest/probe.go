@@ -15,9 +15,12 @@ const (
 	// subscription counts as having nothing to replay. The broker has found where a
 	// subscription begins before it acknowledges it, and delivers at once.
 	quietFor = 100 * time.Millisecond
-	// busyFor bounds the wait where other subscriptions of this guest have so much to
-	// replay that it is never quiet: the broker serves one after the other.
-	busyFor = 5 * time.Second
+	// quietBytes of deliveries in that time may come on other subscriptions: the
+	// broker serves one after the other, as much as this in a turn, so with less
+	// none is kept waiting by another's replay.
+	quietBytes = 64 << 10
+	// busyFor bounds the wait where there is always more than that.
+	busyFor = 2 * time.Second
 )
 
 // begin asks for the newest records and subscribes, so that catchUp knows when it has
@@ -202,7 +205,7 @@ func (t *tail) settle(ctx context.Context, sess *session, missing func() bool) e
 			return ctx.Err()
 		}
 		now := sess.heard.Load()
-		if now == heard || time.Now().After(end) {
+		if now-heard < quietBytes || time.Now().After(end) {
 			return nil
 		}
 		heard = now

@@ -42,7 +42,7 @@ type session struct {
 	wake chan struct{}
 
 	beats beats
-	heard atomic.Uint64 // deliveries and gaps that came
+	heard atomic.Uint64 // bytes of deliveries and gaps that came
 }
 
 // newSession makes the session of a granted connection. From now on publishes and
@@ -81,7 +81,8 @@ func (s *session) nudge() {
 	}
 }
 
-// write sends what is to be sent, the urgent before the bulk.
+// write sends what is to be sent, the urgent before the bulk: heartbeats and what is
+// subscribed to do not wait for publishes that were spooled before them.
 func (s *session) write(ctx context.Context) error {
 	beat := time.NewTicker(heartbeatEvery)
 	defer beat.Stop()
@@ -164,6 +165,9 @@ func (s *session) read() error {
 		if err := dec.Decode(frame, &m); err != nil {
 			return fmt.Errorf("reading from the host: %w", err)
 		}
+		if m.Type == wire.TypePublish || m.Type == wire.TypeGap {
+			s.heard.Add(uint64(len(frame)))
+		}
 		if err := s.take(&m); err != nil {
 			return err
 		}
@@ -174,11 +178,9 @@ func (s *session) read() error {
 func (s *session) take(m *wire.Message) error {
 	switch m.Type {
 	case wire.TypePublish:
-		s.heard.Add(1)
 		s.seen(m.Seq)
 		s.subs.deliver(m)
 	case wire.TypeGap:
-		s.heard.Add(1)
 		s.subs.gap(m)
 	case wire.TypeAck:
 		return s.ack(m)

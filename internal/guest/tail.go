@@ -14,10 +14,11 @@ import (
 )
 
 const (
-	// reorderFor is how long a live record waits for one that comes before it
-	// through another of the tail's subscriptions. The host sends what it committed
-	// together in one go, so this is more than enough.
-	reorderFor = 10 * time.Millisecond
+	// reorderFor is how long a live record waits for one that belongs before it and
+	// comes through another of the tail's subscriptions. A host sends what it
+	// committed together in one go or two; should it take longer, the late record is
+	// shown out of order, and not lost.
+	reorderFor = 20 * time.Millisecond
 	// ringBytes bounds what is kept to find the last lines of several subscriptions.
 	ringBytes = 4 << 20
 	// stalledAfter is when a replay that brings nothing any more has failed.
@@ -236,16 +237,17 @@ func (t *tail) live(ctx context.Context) error {
 		defer timer.Stop()
 		end = timer.C
 	}
+	ending := false
 	hold := time.NewTimer(0)
 	defer hold.Stop()
 	several := len(t.merge.feeds) > 1
-	for {
+	for !t.over {
 		t.mu.Lock()
 		err, behind := t.err, t.behind && several
 		var items []item
 		var wait time.Duration
 		if head := t.merge.head(); err == nil && !behind && head != nil {
-			if several {
+			if several && !ending {
 				wait = time.Until(head.items[0].at.Add(reorderFor))
 			}
 			for wait <= 0 {
@@ -269,8 +271,9 @@ func (t *tail) live(ctx context.Context) error {
 			return err
 		}
 		t.resume()
+		t.over = t.over || ending
 		if t.over {
-			return nil
+			break
 		}
 		if wait > 0 {
 			hold.Reset(wait)
@@ -281,14 +284,14 @@ func (t *tail) live(ctx context.Context) error {
 		case <-t.wake:
 		case <-hold.C:
 		case <-end:
-			t.over = true
-			return nil
+			ending = true // what has come is still shown
 		case <-t.agent.ended:
 			return errEnded
 		case <-ctx.Done():
 			return ctx.Err()
 		}
 	}
+	return nil
 }
 
 // show writes items, or keeps them while it is not known whether they are among the

@@ -4,6 +4,7 @@
 package presence
 
 import (
+	"errors"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -49,6 +50,9 @@ type VM struct {
 	handshake   time.Time // with the monotonic clock; zero: never
 	subscribed  time.Time // the last change of its subscriptions
 	handshakeOK bool      // reachable by a handshake-only guest's word
+	known       bool      // registered: kept however many names there are
+	forgotten   bool      // goes when its session does
+	pace        Bucket    // of its handshakes
 }
 
 // Session is a live session, as far as the table needs to know it.
@@ -66,7 +70,8 @@ type Session interface {
 type Options struct {
 	ReachableWithin time.Duration // a session is reachable for so long after a frame
 	SessionTimeout  time.Duration // a session that says nothing for so long ends
-	MaxVMs          int           // names kept; 0: any number
+	MaxVMs          int           // names kept that nobody registered; 0: any number
+	MaxSessions     int           // at once; 0: any number
 }
 
 // Table is the presence table.
@@ -79,6 +84,8 @@ type Table struct {
 	mu      sync.Mutex
 	opts    Options
 	vms     map[string]*VM
+	live    int // sessions
+	strange int // VMs that nobody registered
 	changes []Change
 	touched map[string]struct{} // VMs whose record a person would watch has changed
 	refused refusals
@@ -114,13 +121,39 @@ func (t *Table) wake() {
 func (t *Table) vm(name string) *VM {
 	v := t.vms[name]
 	if v == nil {
-		if t.opts.MaxVMs > 0 && len(t.vms) >= t.opts.MaxVMs {
+		if t.opts.MaxVMs > 0 && t.strange >= t.opts.MaxVMs && !t.makeRoom() {
 			return nil
 		}
 		v = &VM{name: name, table: t, reason: ReasonNeverSeen}
 		t.vms[name] = v
+		t.strange++
 	}
 	return v
+}
+
+// makeRoom drops the stranger that was heard of longest ago, if there is one
+// that is neither connected nor reachable: names that come once must not keep
+// new ones out for ever. Call with the lock held.
+func (t *Table) makeRoom() bool {
+	var oldest *VM
+	for _, v := range t.vms {
+		if !v.known && v.session == nil && !v.reachable && (oldest == nil || v.handshake.Before(oldest.handshake)) {
+			oldest = v
+		}
+	}
+	if oldest != nil {
+		t.drop(oldest)
+	}
+	return oldest != nil
+}
+
+// drop removes an entry. Call with the lock held.
+func (t *Table) drop(v *VM) {
+	delete(t.vms, v.name)
+	t.touched[v.name] = struct{}{}
+	if !v.known {
+		t.strange--
+	}
 }
 
 // set moves v to a state. Call with the lock held.
@@ -159,35 +192,56 @@ func (t *Table) mergeChanges() {
 // seen.
 func (t *Table) Know(name string) {
 	t.mu.Lock()
-	if t.vms[name] == nil {
-		t.vms[name] = &VM{name: name, table: t, reason: ReasonNeverSeen}
-		t.touched[name] = struct{}{}
+	v := t.vms[name]
+	switch {
+	case v == nil:
+		v = &VM{name: name, table: t, reason: ReasonNeverSeen}
+		t.vms[name] = v
+	case !v.known:
+		t.strange--
 	}
+	v.known, v.forgotten = true, false
+	t.touched[name] = struct{}{}
 	t.mu.Unlock()
 	t.wake()
 }
 
-// Forget drops the entry of a VM that has no session.
+// Forget drops the entry of a VM, as soon as it has no session.
 func (t *Table) Forget(name string) {
 	t.mu.Lock()
-	if v := t.vms[name]; v != nil && v.session == nil {
-		if v.reachable {
-			t.set(v, false, ReasonDisconnected)
+	if v := t.vms[name]; v != nil {
+		v.forgotten = true
+		if v.session == nil {
+			if v.reachable {
+				t.set(v, false, ReasonDisconnected)
+			}
+			t.drop(v)
 		}
-		delete(t.vms, name)
-		t.touched[name] = struct{}{}
 	}
 	t.mu.Unlock()
 	t.wake()
 }
 
+// ErrTooManyVMs and ErrTooManySessions say that a limit is reached.
+var (
+	ErrTooManyVMs      = errors.New("too many VMs")
+	ErrTooManySessions = errors.New("too many sessions")
+)
+
 // Connect makes s the session of the VM called name and gives the one that it
-// replaces, nil if there was none. ok is false where there are too many names.
-func (t *Table) Connect(name string, s Session, remote string, caps []string) (v *VM, old Session, ok bool) {
+// replaces, nil if there was none. The error is one of the two above; a VM that
+// replaces its own session needs no further one.
+func (t *Table) Connect(name string, s Session, remote string, caps []string) (v *VM, old Session, err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	if v = t.vms[name]; (v == nil || v.session == nil) && t.opts.MaxSessions > 0 && t.live >= t.opts.MaxSessions {
+		return nil, nil, ErrTooManySessions
+	}
 	if v = t.vm(name); v == nil {
-		return nil, nil, false
+		return nil, nil, ErrTooManyVMs
+	}
+	if v.session == nil {
+		t.live++
 	}
 	old, v.session = v.session, s
 	v.remote, v.caps, v.topics = remote, caps, nil
@@ -196,7 +250,19 @@ func (t *Table) Connect(name string, s Session, remote string, caps []string) (v
 	v.silent.Store(false)
 	t.set(v, true, ReasonHandshake)
 	t.wake()
-	return v, old, true
+	return v, old, nil
+}
+
+// Pace takes a handshake off what a VM may do and gives how long it is to wait
+// first.
+func (t *Table) Pace(name string, r Rate) time.Duration {
+	t.mu.Lock()
+	v := t.vms[name]
+	t.mu.Unlock()
+	if v == nil {
+		return 0
+	}
+	return v.pace.Take(r, 0, time.Now())
 }
 
 // Disconnect ends s, unless a newer session has replaced it: the close of an
@@ -208,7 +274,11 @@ func (t *Table) Disconnect(v *VM, s Session) bool {
 		return false
 	}
 	v.session, v.topics, v.remote = nil, nil, ""
+	t.live--
 	t.set(v, false, ReasonDisconnected)
+	if v.forgotten {
+		t.drop(v)
+	}
 	t.wake()
 	return true
 }
@@ -289,6 +359,10 @@ func (t *Table) Sweep() {
 			}
 			if v.reachable && quiet > t.opts.ReachableWithin {
 				v.silent.Store(true)
+				if time.Duration(t.now()-v.frame.Load()) <= t.opts.ReachableWithin {
+					v.silent.Store(false) // it spoke just now, and did not see the word
+					continue
+				}
 				t.set(v, false, ReasonSilent)
 			}
 		case v.reachable && v.handshakeOK && time.Since(v.handshake) > t.opts.ReachableWithin:

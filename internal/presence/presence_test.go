@@ -1,6 +1,7 @@
 package presence
 
 import (
+	"errors"
 	"fmt"
 	"slices"
 	"testing"
@@ -48,9 +49,9 @@ func sweepFor(t *Table, d time.Duration) {
 func TestSilence(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		tab, s := table(), &fakeSession{token: "sess-1"}
-		v, _, ok := tab.Connect("web1", s, "127.0.0.1:1", nil)
-		if !ok {
-			t.Fatal("not admitted")
+		v, _, err := tab.Connect("web1", s, "127.0.0.1:1", nil)
+		if err != nil {
+			t.Fatal(err)
 		}
 		sweepFor(tab, 44*time.Second)
 		if got := states(tab); !slices.Equal(got, []string{"web1 up handshake"}) {
@@ -120,9 +121,9 @@ func TestLateCloseChangesNothing(t *testing.T) {
 func TestNamesAreBounded(t *testing.T) {
 	tab := table()
 	for i := range 5 {
-		_, _, ok := tab.Connect(fmt.Sprint("vm", i), &fakeSession{}, "", nil)
-		if ok != (i < 3) {
-			t.Errorf("name %d: %v", i, ok)
+		_, _, err := tab.Connect(fmt.Sprint("vm", i), &fakeSession{}, "", nil)
+		if (err == nil) != (i < 3) {
+			t.Errorf("name %d: %v", i, err)
 		}
 	}
 	tab.Know("registered") // an operator's word is not bounded
@@ -189,5 +190,61 @@ func TestBucket(t *testing.T) {
 	}
 	if wait := b.Take(r, 500, now); wait != 500*time.Millisecond {
 		t.Errorf("behind it: %v", wait)
+	}
+}
+
+// Names that came once make room; those with a session, or registered, stay.
+func TestStrangersMakeRoom(t *testing.T) {
+	tab := table()
+	gone := &fakeSession{}
+	v, _, err := tab.Connect("gone", gone, "", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"a", "b"} {
+		if _, _, err := tab.Connect(name, &fakeSession{}, "", nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, _, err := tab.Connect("c", &fakeSession{}, "", nil); !errors.Is(err, ErrTooManyVMs) {
+		t.Errorf("while all are connected: %v", err)
+	}
+	tab.Disconnect(v, gone)
+	if _, _, err := tab.Connect("c", &fakeSession{}, "", nil); err != nil {
+		t.Errorf("when one is gone: %v", err)
+	}
+	if len(tab.Snapshot([]string{"gone"})) != 0 {
+		t.Error("it is still known")
+	}
+}
+
+// At the limit of sessions a VM may still replace its own.
+func TestSessionsAreBounded(t *testing.T) {
+	tab := New(Options{ReachableWithin: time.Minute, SessionTimeout: time.Minute, MaxSessions: 1})
+	if _, _, err := tab.Connect("a", &fakeSession{token: "1"}, "", nil); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := tab.Connect("b", &fakeSession{}, "", nil); !errors.Is(err, ErrTooManySessions) {
+		t.Errorf("another VM: %v", err)
+	}
+	if _, old, err := tab.Connect("a", &fakeSession{token: "2"}, "", nil); err != nil || old == nil {
+		t.Errorf("the same VM: %v, %v", old, err)
+	}
+}
+
+func TestForgottenGoesWithItsSession(t *testing.T) {
+	tab, s := table(), &fakeSession{}
+	tab.Know("web1")
+	v, _, err := tab.Connect("web1", s, "", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tab.Forget("web1")
+	if len(tab.Snapshot(nil)) != 1 {
+		t.Error("forgotten with a live session")
+	}
+	tab.Disconnect(v, s)
+	if len(tab.Snapshot(nil)) != 0 {
+		t.Error("still known when the session has ended")
 	}
 }

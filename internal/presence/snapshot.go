@@ -76,14 +76,11 @@ func (t *Table) Counts() (sessions, reachable int) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	for _, v := range t.vms {
-		if v.session != nil {
-			sessions++
-		}
 		if v.reachable {
 			reachable++
 		}
 	}
-	return sessions, reachable
+	return t.live, reachable
 }
 
 // Last is what the file of a VM's last handshake tells; times are wall clock,

@@ -29,8 +29,10 @@ const (
 // Serve runs a connection from greeting to close. It returns when the
 // connection is closed, and ends the session when ctx is done.
 func Serve(ctx context.Context, conn Conn, b Broker, opts Options) {
-	h := handshake{conn: conn, broker: b, opts: opts, remote: conn.RemoteAddr().String()}
+	h := handshake{ctx: ctx, conn: conn, broker: b, opts: opts, remote: conn.RemoteAddr().String()}
+	hangUp := context.AfterFunc(ctx, func() { _ = conn.Close() }) // nothing is owed to who has not said hello
 	s, early := h.run()
+	hangUp()
 	if s == nil {
 		linger(conn)
 		return
@@ -42,6 +44,7 @@ func Serve(ctx context.Context, conn Conn, b Broker, opts Options) {
 
 // handshake is one connection before it is a session.
 type handshake struct {
+	ctx    context.Context
 	conn   Conn
 	broker Broker
 	opts   Options
@@ -72,7 +75,7 @@ func (h *handshake) run() (*Session, []byte) {
 		return nil, nil
 	}
 	h.caps = h.hello.Capabilities()
-	d := h.broker.Decide(h.hello, h.remote)
+	d := h.broker.Decide(h.hello)
 	if d.Refuse != "" {
 		h.refuse(d.Refuse)
 		return nil, nil
@@ -132,9 +135,9 @@ func (h *handshake) grant(key []byte, nonce string) *Session {
 	s := &Session{
 		opts: h.opts, broker: h.broker, conn: h.conn, raw: raw,
 		remote: h.remote, vm: h.hello.VM, token: "sess-" + randomHex(tokenBytes),
-		writer: make(chan struct{}, 1),
+		reading: make(chan struct{}, 1), writer: make(chan struct{}, 1),
 	}
-	guest, d := h.broker.Admit(s, h.hello)
+	guest, d := h.broker.Admit(h.ctx, s, h.hello, key)
 	if d.Refuse != "" {
 		h.refuse(d.Refuse)
 		return nil
@@ -145,7 +148,11 @@ func (h *handshake) grant(key []byte, nonce string) *Session {
 		proof = hex.EncodeToString(wire.ServerProof(key, h.hello.VM, h.hello.Caps, h.hello.Nonce, nonce, s.token))
 	}
 	if !h.say(wire.AppendOK(nil, s.token, proof)) {
-		h.broker.Release(s, End{Reason: TroubleIOError, Detail: "the guest left during the handshake"})
+		end := s.ended.Load()
+		if end == nil {
+			end = &End{Reason: TroubleIOError, Detail: "the guest left during the handshake"}
+		}
+		h.broker.Release(s, *end)
 		return nil
 	}
 	if err := h.conn.SetDeadline(time.Time{}); err != nil {

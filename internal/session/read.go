@@ -2,10 +2,12 @@ package session
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -55,20 +57,30 @@ func (s *Session) run(early []byte) {
 			end = s.ended.Load()
 		}
 	}
-	_ = s.conn.SetWriteDeadline(time.Unix(1, 0)) // a delivery under way gives the token back
-	s.writer <- struct{}{}
+	s.bye(*end)
+}
+
+// bye says why the session ends, and takes it down. The table of VMs knows it
+// before anything is waited for that may take long.
+func (s *Session) bye(end End) {
 	for _, sub := range s.subscriptions() {
 		s.broker.Unsubscribe(sub)
-		sub.reader.Close()
 	}
-	if code := fatalCode(end.Reason); code != "" {
+	_ = s.conn.SetWriteDeadline(time.Unix(1, 0)) // a delivery under way gives the token back
+	s.writer <- struct{}{}
+	if code := fatalCode(end.Reason); code != "" && !s.torn {
 		_ = s.conn.SetWriteDeadline(time.Now().Add(lingerFor))
 		_, _ = s.conn.Write(wire.AppendErrorFrame(nil, code, end.Detail))
 	}
 	<-s.writer // whoever takes it now finds the session ended, and writes nothing
-	s.broker.Release(s, *end)
+	s.broker.Release(s, end)
 	linger(s.conn)
 	s.deliveries.wait()
+	s.background.Wait()
+	s.reading <- struct{}{}
+	for _, sub := range s.subscriptions() {
+		sub.reader.Close()
+	}
 }
 
 // fatalCode is the wire's word for why a session ends, "" where the guest
@@ -98,71 +110,104 @@ func (s *Session) read(early []byte) error {
 		if err != nil {
 			return err
 		}
-		s.guest.Heard()
 		left, err := s.burst(&ws, ws.buf[:n])
 		if err != nil {
 			return err
 		}
-		rest = nil
-		if len(left) > 0 {
-			rest = append([]byte(nil), left...)
+		rest = append(rest[:0], left...)
+		if len(rest) == 0 {
+			rest = nil // an idle session holds no buffer
 		}
 		workspaces.Put(ws)
 	}
 }
 
-// receive waits for bytes and borrows a workspace once there are some; they
-// are put behind the incomplete frame in rest.
+// receive waits for bytes and borrows a workspace once there are some. Behind an
+// incomplete frame it waits until that is whole.
 func (s *Session) receive(rest []byte) (ws *workspace, n int, err error) {
-	if len(rest) > 0 { // early bytes may hold whole frames
-		if f, _, err := wire.NextFrame(rest); f != nil || err != nil {
-			ws = workspaces.Get().(*workspace)
-			return ws, copy(ws.buf, rest), nil
+	if len(rest) > 0 {
+		if rest, err = s.complete(rest); err != nil {
+			return nil, 0, err
 		}
-	}
-	waitErr := s.raw.Read(func(fd uintptr) bool {
 		ws = workspaces.Get().(*workspace)
-		k := copy(ws.buf, rest)
+		return ws, copy(ws.buf, rest), nil
+	}
+	n, err = s.readInto(func() []byte {
+		ws = workspaces.Get().(*workspace)
+		return ws.buf
+	}, func() {
+		workspaces.Put(ws)
+		ws = nil
+	})
+	if err != nil && ws != nil {
+		workspaces.Put(ws)
+	}
+	return ws, n, err
+}
+
+// complete reads until the frame that begins in rest is whole, or can be seen
+// to be none. The buffer grows with what has arrived, not with what a length
+// announces.
+func (s *Session) complete(rest []byte) ([]byte, error) {
+	for {
+		if f, _, err := wire.NextFrame(rest); f != nil || err != nil {
+			return rest, nil // an error is for the caller to meet again
+		}
+		need := 4
+		if len(rest) >= need {
+			need += int(binary.BigEndian.Uint32(rest))
+		}
+		room := slices.Grow(rest, min(need-len(rest), max(512, len(rest))))
+		room = room[:min(cap(room), need)]
+		n, err := s.readInto(func() []byte { return room[len(rest):] }, func() {})
+		if errors.Is(err, io.EOF) {
+			err = fmt.Errorf("the connection closed inside a frame: %w", io.ErrUnexpectedEOF)
+		}
+		if err != nil {
+			return nil, err
+		}
+		rest = room[:len(rest)+n]
+	}
+}
+
+// readInto reads once, waiting until it can. The buffer is asked for before each
+// try and given back when there was nothing to read, so that waiting holds none.
+func (s *Session) readInto(borrow func() []byte, giveBack func()) (n int, err error) {
+	waitErr := s.raw.Read(func(fd uintptr) bool {
+		b := borrow()
 		for {
-			n, err = syscall.Read(int(fd), ws.buf[k:])
-			if !errors.Is(err, syscall.EINTR) {
+			if n, err = syscall.Read(int(fd), b); !errors.Is(err, syscall.EINTR) {
 				break
 			}
 		}
 		if errors.Is(err, syscall.EAGAIN) {
-			workspaces.Put(ws)
-			ws, err = nil, nil
+			giveBack()
 			return false
 		}
-		n = max(0, n)
 		if n == 0 && err == nil {
 			err = io.EOF
 		}
-		n += k
 		return true
 	})
-	if ws != nil && (err != nil || waitErr != nil) {
-		workspaces.Put(ws)
-	}
 	if waitErr != nil {
 		err = waitErr
-	}
-	if errors.Is(err, io.EOF) && len(rest) > 0 {
-		err = fmt.Errorf("the connection closed inside a frame: %w", io.ErrUnexpectedEOF)
 	}
 	if errors.Is(err, os.ErrDeadlineExceeded) {
 		err = errEnded
 	}
-	return ws, n, err
+	return max(0, n), err
 }
 
 // burst answers every whole frame in data and gives the incomplete one at its
 // end. It may replace *ws where a stalled disk keeps the one it had.
 func (s *Session) burst(ws **workspace, data []byte) (left []byte, err error) {
-	for {
+	for heard := false; ; heard = true {
 		frame, rest, err := wire.NextFrame(data)
 		if err == nil && frame == nil {
 			return s.flush(ws, rest)
+		}
+		if err == nil && !heard {
+			s.guest.Heard() // a frame is a sign of life, a byte of one is not
 		}
 		w := *ws
 		if err == nil {
@@ -280,7 +325,7 @@ func (s *Session) flush(ws **workspace, rest []byte) ([]byte, error) {
 	if len(w.batch.Entries) > 0 {
 		// Not the session's context: what is queued will be committed.
 		if err = s.broker.Append(context.Background(), &w.batch); err == nil {
-			s.guest.Published(len(w.batch.Entries))
+			s.countPublished(w.batch.Entries)
 		}
 	}
 	w.out = w.out[:0]
@@ -292,7 +337,7 @@ func (s *Session) flush(ws **workspace, rest []byte) ([]byte, error) {
 		w.out = wire.AppendAckFrame(w.out, &r.ack)
 	}
 	out := w.out
-	if errors.Is(err, eventlog.ErrStalled) {
+	if errors.Is(err, eventlog.ErrStalled) && !errors.Is(err, eventlog.ErrNotQueued) {
 		fresh := workspaces.Get().(*workspace)
 		rest = fresh.buf[:copy(fresh.buf, rest)]
 		*ws = fresh
@@ -300,6 +345,20 @@ func (s *Session) flush(ws **workspace, rest []byte) ([]byte, error) {
 		w.batch.Entries, w.arena, w.acks = w.batch.Entries[:0], w.arena[:0], w.acks[:0]
 	}
 	return rest, s.write(out)
+}
+
+// countPublished notes what was stored; a refused record was not, and a retry
+// was before.
+func (s *Session) countPublished(entries []eventlog.Entry) {
+	n := 0
+	for i := range entries {
+		if entries[i].Err == nil && !entries[i].Duplicate {
+			n++
+		}
+	}
+	if n > 0 {
+		s.guest.Published(n)
+	}
 }
 
 // outcome fills in the answer to a publish.

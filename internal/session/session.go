@@ -2,14 +2,15 @@
 // and deliveries out.
 //
 // A session runs one goroutine, which reads, and while there is something to
-// deliver a second one. The right to write to the connection is a token: its
-// holder alone writes, and alone touches what the session is subscribed to.
+// deliver a second one. The right to write to the connection is a token, and so
+// is the right to touch what the session is subscribed to.
 package session
 
 import (
 	"context"
 	"errors"
 	"net"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -23,11 +24,12 @@ import (
 type Broker interface {
 	// Decide says what to answer to a hello: whether it is to be refused, and
 	// with which key it must prove its name, if any.
-	Decide(h wire.Hello, remote string) Decision
+	Decide(h wire.Hello) Decision
 	// Attend notes the ok given to a handshake-only guest.
 	Attend(h wire.Hello, remote string) Decision
-	// Admit makes s the session of its VM, which ends the one before.
-	Admit(s *Session, h wire.Hello) (Guest, Decision)
+	// Admit makes s the session of its VM, which ends the one before. proven is
+	// the key that the guest has proved to hold, nil if none was asked for.
+	Admit(ctx context.Context, s *Session, h wire.Hello, proven []byte) (Guest, Decision)
 	// Release notes that s has ended, and why.
 	Release(s *Session, end End)
 	// Refused records a handshake that granted nothing.
@@ -113,8 +115,11 @@ type Options struct {
 	// WriteTimeout is how long a guest may leave a delivery unread.
 	WriteTimeout     time.Duration
 	MaxSubscriptions int
-	Lazy             bool // acks are given before records are durable, and say so
-	Log              *eventlog.Log
+	// Scans has room for as many subscribers as may search the log backwards at
+	// once: such a search reads at disk speed for as long as it takes.
+	Scans chan struct{}
+	Lazy  bool // acks are given before records are durable, and say so
+	Log   *eventlog.Log
 }
 
 // Conn is what a session runs over: a TCP or Unix stream connection.
@@ -135,12 +140,24 @@ type Session struct {
 	token  string
 	guest  Guest
 
-	// writer has room for one token: whoever put it there may write, and may
-	// change subs and what the subscriptions have read, until taking it out.
-	writer chan struct{}
-	subs   atomic.Pointer[[]*Subscription] // replaced, never changed in place
+	// Two tokens, each a channel with room for one: whoever put it there has it.
+	// reading is the right to change subs and what they have read; it may be held
+	// for as long as a disk takes. writer is the right to write to the connection.
+	// Who needs both takes reading first.
+	reading chan struct{}
+	writer  chan struct{}
+	subs    atomic.Pointer[[]*Subscription] // replaced, never changed in place
+	turn    int                             // which of them delivers first; with reading
+
+	// waiting are answers that found the writer taken. Whoever has it writes them
+	// before giving it back, so that reading frames does not wait for a guest
+	// that is slow to read.
+	waitMu  sync.Mutex
+	waiting []byte
+	torn    bool // part of a frame went out last; with writer
 
 	deliveries delivering
+	background sync.WaitGroup // searches of the log
 	ended      atomic.Pointer[End]
 	limitedAt  time.Time // when a refusal for the rate was last recorded
 }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"math"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -18,16 +19,12 @@ const (
 	// defaultTopic is where a publish without a topic goes (contract 2).
 	defaultTopic = "broadcast"
 
-	// brokerPrefix begins the topics that only the broker publishes on and
-	// only the host hears.
-	brokerPrefix = "castra."
-
 	// scanLimit is how many records a subscription looks at in one turn: one
 	// that catches up through much that is not for it must let acks through.
 	scanLimit = 4096
 )
 
-func brokersOwn(topic []byte) bool { return bytes.HasPrefix(topic, []byte(brokerPrefix)) }
+func brokersOwn(topic []byte) bool { return bytes.HasPrefix(topic, []byte(wire.BrokerPrefix)) }
 
 // Subscription is a cursor into the log: what one session hears on one topic or
 // pattern. It costs the same however far it is behind.
@@ -36,13 +33,12 @@ type Subscription struct {
 	name    string
 	topic   string
 	pattern wire.Pattern
-	cursor  string // durable position; "": none
-	start   uint64 // the first record that it may hear; set before the broker knows it
-	prefix  []byte // what each delivery begins with
+	cursor  string        // durable position; "": none
+	start   atomic.Uint64 // the first record that it may hear; the largest number until it is known
+	prefix  []byte        // what each delivery begins with
 	visible func(*eventlog.Record) bool
 
-	// Of whoever holds the session's token:
-	reader *eventlog.Reader
+	reader *eventlog.Reader // of whoever may read
 
 	// position is the newest record passed; hint the oldest one committed since
 	// that matches, 0 if there is none; behind tells that there may be older
@@ -69,7 +65,7 @@ func (sub *Subscription) Cursor() string { return sub.cursor }
 func (sub *Subscription) Acked() uint64 { return sub.acked.Load() }
 
 // Started gives the first record that it may hear.
-func (sub *Subscription) Started() uint64 { return sub.start }
+func (sub *Subscription) Started() uint64 { return sub.start.Load() }
 
 // Notify tells that the record seq matches. Call it in the order of seq. Where
 // it gives true the session is to be woken; otherwise it is about to look.
@@ -82,7 +78,7 @@ func (sub *Subscription) lag(committed uint64) uint64 {
 	return 0
 }
 
-// fill appends deliveries to out. Call with the session's token.
+// fill appends deliveries to out. Call with the right to read.
 func (sub *Subscription) fill(out []byte) (_ []byte, more bool, err error) {
 	hint := sub.hint.Swap(0)
 	if !sub.behind.Load() {
@@ -169,7 +165,7 @@ func (s *Session) change(r request) error {
 	var err error
 	if r.subscribe {
 		a.Kind = "subscribe"
-		sub, err = s.prepare(r)
+		sub, err = s.prepareInTime(r)
 	} else if r.name == "" {
 		err = bus.Errorf(bus.CodeBadFrame, "an unsubscribe names a subscription or a topic")
 	}
@@ -177,20 +173,59 @@ func (s *Session) change(r request) error {
 		refuse(&a, err)
 		return s.write(wire.AppendAckFrame(nil, &a))
 	}
+	s.reading <- struct{}{}
+	defer func() { <-s.reading }()
 	s.writer <- struct{}{}
-	defer func() { <-s.writer }()
 	s.replace(r.name, sub)
 	if err := s.send(wire.AppendAckFrame(nil, &a)); err != nil {
+		<-s.writer
 		return err
 	}
 	if sub != nil {
 		s.Wake()
 	}
-	return nil
+	return s.release()
+}
+
+// searchTime is how long a subscribe may look for its place in the log before
+// the disk counts as stalled; the session's other frames wait behind it.
+const searchTime = 5 * time.Second
+
+// prepareInTime is prepare, given up on when the disk does not answer.
+func (s *Session) prepareInTime(r request) (*Subscription, error) {
+	type result struct {
+		sub *Subscription
+		err error
+	}
+	done := make(chan result, 1) // for the one result
+	var settled atomic.Bool      // either it is given, or nobody waits any more
+	s.background.Go(func() {
+		sub, err := s.prepare(r)
+		if settled.CompareAndSwap(false, true) {
+			done <- result{sub, err}
+		} else if err == nil {
+			s.broker.Unsubscribe(sub)
+			sub.reader.Close()
+		}
+	})
+	t := time.NewTimer(searchTime)
+	defer t.Stop()
+	select {
+	case res := <-done:
+		return res.sub, res.err
+	case <-t.C:
+	}
+	if !settled.CompareAndSwap(false, true) { // just in time after all
+		res := <-done
+		return res.sub, res.err
+	}
+	refusal := bus.Errorf(bus.CodeStorageStalled, "the place in the event log was not found in %v; subscribe again later, or with a nearer from", searchTime)
+	refusal.RetryAfter = searchTime
+	return nil, refusal
 }
 
 // replace removes the subscription called name and puts sub, if not nil, in
-// its place. Call with the token.
+// its place. Call with both rights.
 func (s *Session) replace(name string, sub *Subscription) {
 	subs := slices.Clone(s.subscriptions())
 	if i := slices.IndexFunc(subs, func(o *Subscription) bool { return o.name == name }); i >= 0 {
@@ -221,8 +256,8 @@ func (s *Session) prepare(r request) (*Subscription, error) {
 	if owner, owned := pattern.VM(); owned && owner != s.vm {
 		return nil, bus.Errorf(bus.CodeForbidden, "topic %s belongs to another VM", r.topic)
 	}
-	if strings.HasPrefix(r.topic, brokerPrefix) {
-		return nil, bus.Errorf(bus.CodeForbidden, "topics beginning %s are heard by the host alone", brokerPrefix)
+	if strings.HasPrefix(r.topic, wire.BrokerPrefix) {
+		return nil, bus.Errorf(bus.CodeForbidden, "topics beginning %s are heard by the host alone", wire.BrokerPrefix)
 	}
 	held := s.subscriptions()
 	known := slices.ContainsFunc(held, func(o *Subscription) bool { return o.name == r.name })
@@ -230,6 +265,7 @@ func (s *Session) prepare(r request) (*Subscription, error) {
 		return nil, bus.Errorf(bus.CodeTooManySubscriptions, "a session may have %d subscriptions; unsubscribe from one first", s.opts.MaxSubscriptions)
 	}
 	sub := &Subscription{s: s, name: r.name, topic: r.topic, pattern: pattern, cursor: r.cursor}
+	sub.start.Store(math.MaxUint64)
 	sub.visible = s.broker.Visible(s.vm)
 	sub.prefix = append(wire.AppendString([]byte(`{"type":"publish","subscription":`), r.name), ',')
 	start, err := sub.begin(r.from)
@@ -260,13 +296,19 @@ func (sub *Subscription) begin(from wire.From) (uint64, error) {
 	case wire.FromSeq:
 		start = max(1, from.N)
 	case wire.FromLast:
+		sub.s.opts.Scans <- struct{}{}
 		if sub.own() {
 			start, err = log.LastMatchingOf(vm, from.N, sub.hears)
 		} else {
 			start, err = log.LastMatching(from.N, sub.hears)
 		}
+		<-sub.s.opts.Scans
 	case wire.FromTime:
-		start, err = log.FirstSince(from.Time)
+		if sub.own() {
+			start, err = log.FirstSinceOf(vm, from.Time)
+		} else {
+			start, err = log.FirstSince(from.Time)
+		}
 	}
 	if err != nil {
 		sub.s.broker.Unsubscribe(sub)
@@ -283,7 +325,7 @@ func (sub *Subscription) own() bool {
 
 func (sub *Subscription) open(start uint64) error {
 	log := sub.s.opts.Log
-	sub.start = start
+	sub.start.Store(start)
 	sub.position.Store(start - 1)
 	sub.behind.Store(true)
 	sub.reader = log.NewReader(start)
@@ -303,82 +345,9 @@ func (sub *Subscription) open(start uint64) error {
 func (s *Session) acknowledged(m *wire.Message) {
 	name := string(m.Subscription)
 	for _, sub := range s.subscriptions() {
-		if sub.name == name && m.HasSeq && m.Seq >= sub.start && m.Seq <= sub.position.Load() && m.Seq > sub.acked.Load() {
+		if sub.name == name && m.HasSeq && m.Seq >= sub.Started() && m.Seq <= sub.position.Load() && m.Seq > sub.acked.Load() {
 			sub.acked.Store(m.Seq)
 			s.broker.Acknowledged(sub, m.Seq)
 		}
-	}
-}
-
-// refuse makes a the refusal of a frame. The wire has no word for an end or a
-// fault of castrad's own; storage-stalled says what the guest needs to know:
-// that it is open whether the record was stored, and to retry.
-func refuse(a *wire.Ack, err error) {
-	r := Refuse(err)
-	if r.Code == bus.CodeInternal || r.Code == bus.CodeShuttingDown {
-		r.Code, r.RetryAfter = bus.CodeStorageStalled, time.Second
-	}
-	a.Code, a.Reason, a.RetryAfterMS = string(r.Code), r.Reason, r.RetryAfter.Milliseconds()
-}
-
-// Refuse gives the refusal that a caller is to see for an error of the broker
-// or of the log. The error is new: the caller may change it.
-func Refuse(err error) *bus.Error {
-	var refusal *bus.Error
-	var write *eventlog.WriteError
-	switch {
-	case errors.As(err, &refusal):
-		own := *refusal
-		return &own
-	case errors.Is(err, eventlog.ErrStalled):
-		refusal = bus.Errorf(bus.CodeStorageStalled, "the host's disk does not answer; retry with the same id")
-		refusal.RetryAfter = 5 * time.Second
-	case errors.As(err, &write) && write.Full:
-		refusal = bus.Errorf(bus.CodeStorageFull, "the host's disk is full; nothing was stored")
-		refusal.RetryAfter = time.Second
-	case errors.As(err, &write):
-		refusal = bus.Errorf(bus.CodeStorageFull, "the host cannot write its log (%v); nothing was stored", write.Err)
-		refusal.RetryAfter = time.Second
-	case errors.Is(err, eventlog.ErrClosed):
-		refusal = bus.Errorf(bus.CodeShuttingDown, "castrad is ending; retry when it is back")
-		refusal.RetryAfter = time.Second
-	default:
-		refusal = bus.Errorf(bus.CodeInternal, "%v", err)
-	}
-	return refusal
-}
-
-// ackKind is the word that an answer to m carries.
-func ackKind(m *wire.Message) string {
-	switch m.Type {
-	case wire.TypePublish:
-		return "publish"
-	case wire.TypeSubscribe:
-		return "subscribe"
-	case wire.TypeUnsubscribe:
-		return "unsubscribe"
-	case wire.TypeHeartbeat:
-		return "heartbeat"
-	case wire.TypeAck:
-		return "ack"
-	default:
-		return clip(m.TypeName)
-	}
-}
-
-// clip keeps what a guest sent short enough for a message.
-func clip(b []byte) string {
-	const most = 64
-	if len(b) > most {
-		return strings.ToValidUTF8(string(b[:most]), "") + "…"
-	}
-	return string(b)
-}
-
-// noteLimited records a refusal for the rate, at most one a second.
-func (s *Session) noteLimited() {
-	if now := time.Now(); now.Sub(s.limitedAt) >= time.Second {
-		s.limitedAt = now
-		s.broker.Trouble(s, TroubleRateLimited, ActionThrottle, "publish_rate, publish_burst or publish_bytes exceeded")
 	}
 }

@@ -9,9 +9,19 @@ import (
 	"time"
 )
 
-// deliverySize is about how many bytes of deliveries go out in one write. Acks
-// wait for one such write at most.
-const deliverySize = 64 << 10
+const (
+	// deliverySize is about how many bytes of deliveries go out in one write.
+	// Acks wait for one such write at most.
+	deliverySize = 64 << 10
+
+	// slowStep is how much a guest with a full buffer must take within
+	// WriteTimeout: however slow, it is alive while it reads.
+	slowStep = 4 << 10
+
+	// maxWaiting bounds the answers that wait for the writer. Beyond it frames
+	// are no longer read: the guest has to read first.
+	maxWaiting = 64 << 10
+)
 
 // outputs are lent for one write: a session with nothing to deliver holds none.
 var outputs = sync.Pool{New: func() any { b := make([]byte, 0, deliverySize+readSize); return &b }}
@@ -98,40 +108,86 @@ func (s *Session) deliverAll() error {
 	}
 }
 
-// deliverSome delivers one write's worth. The token is held only for that long,
-// so that acks get their turn.
+// deliverSome delivers one write's worth. The right to write is taken only once
+// there is something to write: a disk that is slow to read from holds no ack up.
 func (s *Session) deliverSome() (more bool, err error) {
-	s.writer <- struct{}{}
-	defer func() { <-s.writer }()
+	s.reading <- struct{}{}
+	defer func() { <-s.reading }()
 	if s.ended.Load() != nil {
 		return false, errEnded
 	}
 	bufp := outputs.Get().(*[]byte)
 	defer outputs.Put(bufp)
 	out := (*bufp)[:0]
-	for _, sub := range s.subscriptions() {
+	subs := s.subscriptions()
+	s.turn++ // each gets to be the first, so that none starves behind another's backlog
+	for i := range subs {
 		var again bool
-		if out, again, err = sub.fill(out); err != nil {
+		if out, again, err = subs[(s.turn+i)%len(subs)].fill(out); err != nil {
 			return false, err
 		}
 		more = more || again
 	}
-	if len(out) > 0 {
-		err = s.send(out)
+	if len(out) == 0 {
+		return more, nil
 	}
-	return more, err
-}
-
-// write sends answers.
-func (s *Session) write(b []byte) error {
 	s.writer <- struct{}{}
-	defer func() { <-s.writer }()
-	return s.send(b)
+	if err = s.send(out); err != nil {
+		<-s.writer
+		return false, err
+	}
+	return more, s.release()
 }
 
-// send writes b. Call with the token. A guest that leaves it unread for
-// WriteTimeout loses its session.
+// write sends answers, or leaves them to whoever is writing.
+func (s *Session) write(b []byte) error {
+	s.waitMu.Lock()
+	select {
+	case s.writer <- struct{}{}:
+		s.waitMu.Unlock()
+	default:
+		if len(s.waiting)+len(b) <= maxWaiting {
+			s.waiting = append(s.waiting, b...)
+			s.waitMu.Unlock()
+			return nil
+		}
+		s.waitMu.Unlock()
+		s.writer <- struct{}{}
+	}
+	if err := s.send(b); err != nil {
+		<-s.writer
+		return err
+	}
+	return s.release()
+}
+
+// release gives the right to write back, once the answers that waited for it
+// are written. It is given back under the lock under which write looks for it,
+// so that no answer is left behind.
+func (s *Session) release() error {
+	for {
+		s.waitMu.Lock()
+		b := s.waiting
+		s.waiting = nil
+		if len(b) == 0 {
+			<-s.writer
+			s.waitMu.Unlock()
+			return nil
+		}
+		s.waitMu.Unlock()
+		if err := s.send(b); err != nil {
+			<-s.writer
+			return err
+		}
+	}
+}
+
+// send writes b, whole frames. Call with the right to write. A guest that takes
+// nothing for WriteTimeout loses its session.
 func (s *Session) send(b []byte) error {
+	if s.ended.Load() != nil {
+		return errEnded
+	}
 	var n int
 	var err error
 	waitErr := s.raw.Write(func(fd uintptr) bool {
@@ -141,34 +197,45 @@ func (s *Session) send(b []byte) error {
 			}
 		}
 	})
-	if n == len(b) {
+	n = max(0, n)
+	switch {
+	case n == len(b):
+		return nil
+	case waitErr != nil:
+		err = waitErr
+	case err == nil || errors.Is(err, syscall.EAGAIN):
+		var m int
+		m, err = s.sendSlowly(b[n:])
+		n += m
+	}
+	if err == nil {
 		return nil
 	}
-	if err != nil && !errors.Is(err, syscall.EAGAIN) {
-		return fmt.Errorf("writing to the guest: %w", err)
-	}
-	if waitErr == nil {
-		waitErr = s.sendSlowly(b[max(0, n):])
-	}
-	if errors.Is(waitErr, os.ErrDeadlineExceeded) {
-		s.End(TroubleSlowConsumer, s.slowness(len(b)-max(0, n)))
+	s.torn = n > 0
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		s.End(TroubleSlowConsumer, s.slowness(len(b)-n)) // unless it was ended already
 		return errEnded
 	}
-	return waitErr
+	return fmt.Errorf("writing to the guest: %w", err)
 }
 
-// sendSlowly writes to a connection whose buffer is full.
-func (s *Session) sendSlowly(b []byte) error {
-	if err := s.conn.SetWriteDeadline(time.Now().Add(s.opts.WriteTimeout)); err != nil {
-		return err
+// sendSlowly writes to a connection whose buffer is full, and gives how much it
+// wrote.
+func (s *Session) sendSlowly(b []byte) (n int, err error) {
+	for n < len(b) {
+		if err := s.conn.SetWriteDeadline(time.Now().Add(s.opts.WriteTimeout)); err != nil {
+			return n, err
+		}
+		if s.ended.Load() != nil { // End came first, and its deadline was just replaced
+			return n, errEnded
+		}
+		m, err := s.conn.Write(b[n:min(len(b), n+slowStep)])
+		n += m
+		if err != nil {
+			return n, err
+		}
 	}
-	if s.ended.Load() != nil { // End came first, and its deadline was just replaced
-		return errEnded
-	}
-	if _, err := s.conn.Write(b); err != nil {
-		return err
-	}
-	return s.conn.SetWriteDeadline(time.Time{})
+	return n, s.conn.SetWriteDeadline(time.Time{})
 }
 
 func (s *Session) slowness(unsent int) string {

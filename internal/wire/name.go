@@ -58,10 +58,11 @@ func ValidID[T string | []byte](s T) bool {
 	return 0 < len(s) && len(s) <= MaxID && utf8.ValidString(string(s))
 }
 
-const (
-	vmPrefix     = "vm:"
-	castraPrefix = "castra."
-)
+const vmPrefix = "vm:"
+
+// BrokerPrefix begins the topics that only the broker publishes on and only the
+// host hears.
+const BrokerPrefix = "castra."
 
 // ValidTopic reports whether t may be published to: 1 to MaxTopic of
 // A-Za-z0-9._:/- where what begins with "vm:" goes on with a VM's name and then

@@ -70,7 +70,7 @@ func parsePattern(s string) (Pattern, error) {
 		if p.hasRest && p.name == ">" {
 			return p, errPatternWild
 		}
-	} else if rest, ok := strings.CutPrefix(s, castraPrefix); ok {
+	} else if rest, ok := strings.CutPrefix(s, BrokerPrefix); ok {
 		p.space, p.rest = spaceCastra, rest
 	}
 	if !wild || !p.hasRest {
@@ -94,7 +94,7 @@ func (p Pattern) Match(topic string) bool {
 	if rest, ok := strings.CutPrefix(topic, vmPrefix); ok {
 		return p.space == spaceVM && p.matchVM(rest)
 	}
-	if rest, ok := strings.CutPrefix(topic, castraPrefix); ok {
+	if rest, ok := strings.CutPrefix(topic, BrokerPrefix); ok {
 		return p.space == spaceCastra && matchTokens(p.rest, rest)
 	}
 	return p.space == spaceShared && matchTokens(p.rest, topic)

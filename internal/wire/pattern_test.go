@@ -103,8 +103,8 @@ func patternRegexp(pattern string) *regexp.Regexp {
 			return regexp.MustCompile(`^` + prefix + `$`)
 		}
 		prefix, pattern = prefix+"/", rest
-	case strings.HasPrefix(pattern, castraPrefix):
-		prefix, pattern = `castra\.`, pattern[len(castraPrefix):]
+	case strings.HasPrefix(pattern, BrokerPrefix):
+		prefix, pattern = `castra\.`, pattern[len(BrokerPrefix):]
 	default:
 		guard = `vm:|castra\.`
 	}

@@ -1,0 +1,148 @@
+package broker
+
+import (
+	"io/fs"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/castrabus/castra/internal/bus"
+	"github.com/castrabus/castra/internal/eventlog"
+)
+
+// stuckFS is the machine's file system, whose disk a test can stop.
+type stuckFS struct {
+	eventlog.FS
+	mu      sync.Mutex
+	stopped chan struct{} // nil: it works
+	what    string        // the operation that blocks
+}
+
+// stop makes what block until the returned function is called.
+func (s *stuckFS) stop(what string) (goOn func()) {
+	ch := make(chan struct{})
+	s.mu.Lock()
+	s.stopped, s.what = ch, what
+	s.mu.Unlock()
+	return sync.OnceFunc(func() {
+		s.mu.Lock()
+		s.stopped = nil
+		s.mu.Unlock()
+		close(ch)
+	})
+}
+
+func (s *stuckFS) wait(what string) {
+	s.mu.Lock()
+	ch := s.stopped
+	if s.what != what {
+		ch = nil
+	}
+	s.mu.Unlock()
+	if ch != nil {
+		<-ch
+	}
+}
+
+func (s *stuckFS) OpenFile(name string, flag int, perm fs.FileMode) (eventlog.File, error) {
+	f, err := s.FS.OpenFile(name, flag, perm)
+	return stuckFile{f, s}, err
+}
+
+type stuckFile struct {
+	eventlog.File
+	fs *stuckFS
+}
+
+func (f stuckFile) Sync() error {
+	f.fs.wait("sync")
+	return f.File.Sync()
+}
+
+func (f stuckFile) Preallocate(off, n int64) error {
+	f.fs.wait("fallocate")
+	return f.File.Preallocate(off, n)
+}
+
+func (f stuckFile) ReadAt(b []byte, off int64) (int, error) {
+	f.fs.wait("read")
+	return f.File.ReadAt(b, off)
+}
+
+// A disk that blocks in whatever it was asked: publishes are told, heartbeats
+// and status go on, the watchdog is content, and all resumes by itself.
+func TestStalledDisk(t *testing.T) {
+	for _, what := range []string{"sync", "fallocate"} {
+		t.Run(what, func(t *testing.T) {
+			disk := &stuckFS{FS: eventlog.OS}
+			o := testOptions(t, t.TempDir())
+			o.FS = disk
+			b := start(t, o)
+			pub, idle := connect(t, b.addr, "pub"), connect(t, b.addr, "idle")
+			eventually(t, "both are announced", func() bool { return b.events.Committed() == 2 })
+			goOn := disk.stop(what)
+			t.Cleanup(goOn)
+			// More than is reserved ahead, so that blocks are asked for.
+			big := `{"type":"publish","id":"1","payload":"` + strings.Repeat("x", 60000) + `"}`
+			var frames []string
+			for range 80 {
+				frames = append(frames, strings.Replace(big, `"1"`, `"`+string(rune('a'+len(frames)%26))+strings.Repeat("z", len(frames))+`"`, 1))
+			}
+			done := make(chan struct{})
+			go func() { defer close(done); pub.send(frames...) }()
+			eventually(t, "status says so", func() bool { return b.State() == "degraded: disk stalled" })
+			idle.send(`{"type":"heartbeat"}`)
+			idle.expect(`{"ack":"heartbeat","status":"ok"}`)
+			if err := b.Ping(t.Context()); err != nil {
+				t.Errorf("the watchdog's probe: %v", err)
+			}
+			stalled := 0
+			for range frames {
+				switch f := pub.next(); {
+				case has(f, `{"ack":"publish","status":"error","code":"storage-stalled"}`):
+					stalled++
+				case !has(f, `{"ack":"publish","status":"ok"}`):
+					t.Fatalf("answered %.200s", f)
+				}
+			}
+			if stalled == 0 {
+				t.Error("no publish was told of it")
+			}
+			<-done
+			goOn()
+			eventually(t, "it resumes", func() bool { return b.State() == "running" })
+			pub.send(`{"type":"publish","id":"after"}`, frames[len(frames)-1])
+			pub.expect(`{"status":"ok","id":"after"}`, `{"status":"ok"}`)
+			if got := count(t, b, `"topic":"castra.presence"`); got != 2 {
+				t.Errorf("%d presence records, want 2", got)
+			}
+		})
+	}
+}
+
+// A disk that blocks a replay delays that session's deliveries alone.
+func TestStalledRead(t *testing.T) {
+	disk := &stuckFS{FS: eventlog.OS}
+	o := testOptions(t, t.TempDir())
+	o.FS = disk
+	b := start(t, o)
+	bulk(t, b, "t", 300) // more than is in memory
+	goOn := disk.stop("read")
+	t.Cleanup(goOn)
+	g := connect(t, b.addr, "g")
+	g.send(`{"type":"subscribe","topic":"t","from":1}`, `{"type":"heartbeat"}`)
+	g.expect(`{"ack":"subscribe","status":"ok"}`, `{"ack":"heartbeat","status":"ok"}`)
+	_ = g.conn.Close()
+	eventually(t, "the close is seen at once", func() bool { return !b.Status([]string{"g"}).VMs[0].Reachable })
+	goOn()
+}
+
+// count tells how many records have text in them.
+func count(t *testing.T, b *running, text string) int {
+	t.Helper()
+	var out strings.Builder
+	if err := b.Tail(t.Context(), bus.TailRequest{All: true}, &out); err != nil {
+		t.Fatal(err)
+	}
+	return strings.Count(out.String(), text)
+}

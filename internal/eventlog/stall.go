@@ -1,0 +1,90 @@
+package eventlog
+
+import "time"
+
+// stallGate is shut when the disk has taken too long and replaced by an open
+// one when it answered, so that any number of waiting publishers cost no timer
+// each.
+type stallGate struct{ stalled chan struct{} }
+
+func (g *stallGate) shut() bool {
+	select {
+	case <-g.stalled:
+		return true
+	default:
+		return false
+	}
+}
+
+// beginWrite and endWrite enclose each of the committer's rounds: all that it
+// asks of the disk, since any of it may block.
+func (l *Log) beginWrite() {
+	l.writing.Store(max(1, int64(time.Since(l.startedAt))))
+	l.stall.Reset(l.opts.StallAfter)
+}
+
+func (l *Log) endWrite() {
+	l.stall.Stop()
+	l.stallMu.Lock()
+	l.writing.Store(0)
+	shut := l.gate.Load().shut()
+	if shut {
+		l.gate.Store(&stallGate{stalled: make(chan struct{})})
+	}
+	l.stallMu.Unlock()
+	if shut {
+		l.stateChanged()
+	}
+}
+
+// stalled is called by the timer when a round has taken too long. The lock
+// keeps it from shutting a gate that the end of that round has just left open,
+// which nothing would ever open again.
+func (l *Log) stalled() {
+	l.stallMu.Lock()
+	gate := l.gate.Load()
+	late := l.Writing() >= l.opts.StallAfter && !gate.shut()
+	if late {
+		close(gate.stalled)
+	}
+	l.stallMu.Unlock()
+	if late {
+		l.stateChanged()
+	}
+}
+
+// stateChanged makes the state be reported.
+func (l *Log) stateChanged() {
+	select {
+	case l.changed <- struct{}{}:
+	default:
+	}
+}
+
+// State tells how the log is.
+func (l *Log) State() State {
+	if l.gate.Load().shut() {
+		return State{Degraded: "disk stalled", Err: ErrStalled}
+	}
+	return *l.state.Load()
+}
+
+// reportState tells OnState of changes until the committer has ended. It is the
+// only caller, so that what is told last is true.
+func (l *Log) reportState() {
+	defer close(l.reported)
+	last := ""
+	for {
+		select {
+		case <-l.changed:
+		case <-l.done:
+			return
+		}
+		if s := l.State(); s.Degraded != last {
+			last = s.Degraded
+			if l.opts.OnState != nil {
+				l.opts.OnState(s)
+			}
+		}
+	}
+}

@@ -151,8 +151,8 @@ func (l *Log) add(e *Entry, when string, now time.Time) error {
 	if l.perVM != nil && len(e.ID) > 0 {
 		seq, err := l.perVM.ids.lookup(e.VM, e.ID)
 		if err != nil {
-			e.Err = &WriteError{Err: err} // this VM's alone: the log itself is well
-			return nil
+			e.Err = &WriteError{Err: err}
+			return nil //nolint:nilerr // it is this VM's alone: the log itself is well
 		}
 		if seq != 0 {
 			e.Seq, e.Duplicate = seq, true

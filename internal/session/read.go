@@ -47,7 +47,7 @@ func (s *Session) run(early []byte) {
 	if end == nil {
 		end = &End{}
 		switch {
-		case err == nil || errors.Is(err, io.EOF):
+		case errors.Is(err, io.EOF):
 		case errors.Is(err, wire.ErrProtocol), errors.Is(err, wire.ErrFrameSize):
 			end = &End{Reason: TroubleProtocolError, Detail: err.Error()}
 		default:
@@ -151,7 +151,7 @@ func (s *Session) receive(rest []byte) (ws *workspace, n int, err error) {
 func (s *Session) complete(rest []byte) ([]byte, error) {
 	for {
 		if f, _, err := wire.NextFrame(rest); f != nil || err != nil {
-			return rest, nil // an error is for the caller to meet again
+			return rest, nil //nolint:nilerr // the caller meets it again, where frames are judged
 		}
 		need := 4
 		if len(rest) >= need {

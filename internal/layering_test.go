@@ -44,6 +44,7 @@ var rules = map[string]rule{
 	"bus":      {layer: 0},
 	"config":   {layer: 0, uses: []string{toml}},
 	"eventlog": {layer: 0},
+	"flags":    {layer: 0},
 	"logging":  {layer: 0, uses: []string{logrus, goSystemd}},
 	"sdnotify": {layer: 0, uses: []string{goSystemd, xsys}},
 	"wire":     {layer: 0},

@@ -5,7 +5,6 @@ package castradcmd
 import (
 	"context"
 	"errors"
-	"flag"
 	"fmt"
 	"io"
 	"net"
@@ -22,6 +21,7 @@ import (
 	"github.com/castrabus/castra/internal/broker"
 	"github.com/castrabus/castra/internal/config"
 	"github.com/castrabus/castra/internal/dbusapi"
+	"github.com/castrabus/castra/internal/flags"
 	"github.com/castrabus/castra/internal/identity"
 	"github.com/castrabus/castra/internal/logging"
 	"github.com/castrabus/castra/internal/sdnotify"
@@ -34,43 +34,27 @@ const statusInterval = time.Second
 // Main runs castrad with the arguments behind its name and gives its exit
 // status: 0 after a clean end, 1 after a failure, 2 for wrong usage.
 func Main(version string, args []string, stdout, stderr io.Writer) int {
-	fs := flag.NewFlagSet("castrad", flag.ContinueOnError)
-	fs.SetOutput(stderr)
-	path := fs.String("config", config.HostPath, "the configuration `file`; drop-ins are FILE.d/*.toml")
-	check := fs.Bool("check-config", false, "check the configuration and exit")
-	showVersion := fs.Bool("version", false, "print the version and exit")
-	debug := fs.Bool("debug", false, "log more")
-	if err := fs.Parse(args); err != nil {
-		if errors.Is(err, flag.ErrHelp) {
-			return 0
-		}
-		return 2
+	f, status, proceed := flags.Parse("castrad", version, config.HostPath, args, stdout, stderr)
+	if !proceed {
+		return status
 	}
-	if fs.NArg() > 0 {
-		fmt.Fprintf(stderr, "castrad: unexpected argument %q; castrad --help lists the options\n", fs.Arg(0))
-		return 2
-	}
-	if *showVersion {
-		fmt.Fprintln(stdout, "castrad", version)
-		return 0
-	}
-	cfg, err := load(*path)
+	cfg, err := load(f.Config)
 	if err != nil {
 		fmt.Fprintln(stderr, "castrad:", err)
 		return 1
 	}
-	if *check {
+	if f.Check {
 		for _, w := range cfg.Warnings() {
 			fmt.Fprintln(stderr, "castrad: warning:", w)
 		}
-		fmt.Fprintf(stdout, "%s: the configuration is good\n", *path)
+		fmt.Fprintf(stdout, "%s: the configuration is good\n", f.Config)
 		return 0
 	}
 	level := logrus.InfoLevel
-	if *debug {
+	if f.Debug {
 		level = logrus.DebugLevel
 	}
-	d := &daemon{version: version, path: *path, cfg: cfg, log: logging.New(level)}
+	d := &daemon{version: version, path: f.Config, cfg: cfg, log: logging.New(level)}
 	if err := d.run(); err != nil {
 		d.log.WithError(err).Error("castrad ends")
 		return 1

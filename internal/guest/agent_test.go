@@ -186,19 +186,23 @@ func TestHostThatTakesNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := runAgent(t, nil)
 		p := f.net.accept(t)
+		talked := make(chan struct{})
 		go func() {
+			defer close(talked)
 			for err := error(nil); err == nil; time.Sleep(10 * time.Second) {
 				_, err = p.conn.Write(wire.AppendGapFrame(nil, "nobody", 1, 2))
 			}
 		}()
+		defer func() { <-talked }()
 		synctest.Wait()
 		begun := time.Now()
 		<-f.publish(bus.PublishRequest{Topic: "t"})
-		for f.connected() {
+		for f.connected() && time.Since(begun) < time.Hour {
 			time.Sleep(100 * time.Millisecond)
 		}
 		if d := time.Since(begun); d > silentAfter+time.Second {
 			t.Errorf("given up after %v", d)
+			_ = p.conn.Close()
 		}
 	})
 }

@@ -183,7 +183,7 @@ func (c *client) take(m *wire.Message) {
 	case m.Type == wire.TypeHeartbeat:
 		c.settle(a, result{})
 	default:
-		err = bus.Errorf(bus.CodeUnsupportedType, "no frame of type %q is known here", clip(m.TypeName))
+		err = bus.Errorf(bus.CodeUnsupportedType, "no frame of type %q is known here", wire.Clip(m.TypeName))
 	}
 	if err != nil {
 		c.settle(a, result{err: refusalOf(err)})
@@ -367,6 +367,6 @@ func kindOf(m *wire.Message) string {
 	case wire.TypeHeartbeat:
 		return "heartbeat"
 	default:
-		return clip(m.TypeName)
+		return wire.Clip(m.TypeName)
 	}
 }

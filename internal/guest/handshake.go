@@ -152,7 +152,7 @@ func (h *handshake) reply(what string) (wire.Reply, error) {
 	if reply.Refusal != "" {
 		// The first word alone: the rest is for people, of whatever length.
 		reason, _, _ := strings.Cut(reply.Refusal, " ")
-		return wire.Reply{}, &refusal{reason: clip([]byte(reason)), name: h.id.name}
+		return wire.Reply{}, &refusal{reason: wire.Clip([]byte(reason)), name: h.id.name}
 	}
 	return reply, nil
 }

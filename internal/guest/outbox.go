@@ -204,7 +204,7 @@ func (o *outbox) answer(m *wire.Message) error {
 	f := o.flight[0]
 	if m.ID != nil && string(m.ID) != f.id {
 		o.mu.Unlock()
-		return fmt.Errorf("%w: an ack for the publish %q before that for %q", wire.ErrProtocol, clip(m.ID), f.id)
+		return fmt.Errorf("%w: an ack for the publish %q before that for %q", wire.ErrProtocol, wire.Clip(m.ID), f.id)
 	}
 	o.flight = o.flight[1:]
 	o.load -= f.load
@@ -235,7 +235,7 @@ func (o *outbox) answer(m *wire.Message) error {
 			o.notBefore = t
 		}
 	default:
-		told = o.settle(f.pos, result{err: bus.Errorf(bus.Code(clip(m.Code)), "%s", m.Reason)})
+		told = o.settle(f.pos, result{err: bus.Errorf(bus.Code(wire.Clip(m.Code)), "%s", m.Reason)})
 	}
 	o.mu.Unlock()
 	if told != nil {

@@ -207,6 +207,9 @@ func runAgent(t *testing.T, change func(*Options)) *fixture {
 	if change != nil {
 		change(&opts)
 	}
+	if opts.Socket != "" {
+		f.pace.pause = 20 * time.Millisecond // sockets are on the real clock
+	}
 	a, err := newAgent(opts, f.pace, f.net.dial)
 	if err != nil {
 		t.Fatal(err)

@@ -185,7 +185,7 @@ func (s *session) take(m *wire.Message) error {
 	case wire.TypeAck:
 		return s.ack(m)
 	case wire.TypeError:
-		return &ended{code: clip(m.Code), reason: string(m.Reason)}
+		return &ended{code: wire.Clip(m.Code), reason: string(m.Reason)}
 	default: // a newer host's; nothing in bus-v1 makes it matter
 	}
 	return nil

@@ -275,7 +275,7 @@ func (t *table) answer(m *wire.Message) bool {
 		s.sink.begun(s)
 		t.note()
 	default:
-		s.sink.refused(s, &bus.Error{Code: bus.Code(clip(m.Code)), Reason: string(m.Reason), RetryAfter: time.Duration(min(m.RetryAfterMS, maxRetryMS)) * time.Millisecond})
+		s.sink.refused(s, &bus.Error{Code: bus.Code(wire.Clip(m.Code)), Reason: string(m.Reason), RetryAfter: time.Duration(min(m.RetryAfterMS, maxRetryMS)) * time.Millisecond})
 	}
 	return true
 }
@@ -342,10 +342,4 @@ func (t *table) topics() []string {
 		}
 	}
 	return topics
-}
-
-// clip keeps what a peer sent short enough for a message.
-func clip(b []byte) string {
-	const most = 64
-	return string(b[:min(len(b), most)])
 }

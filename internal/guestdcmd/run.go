@@ -5,7 +5,6 @@ package guestdcmd
 import (
 	"context"
 	"errors"
-	"flag"
 	"fmt"
 	"io"
 	"os"
@@ -18,6 +17,7 @@ import (
 
 	"github.com/castrabus/castra/internal/config"
 	"github.com/castrabus/castra/internal/dbusapi"
+	"github.com/castrabus/castra/internal/flags"
 	"github.com/castrabus/castra/internal/guest"
 	"github.com/castrabus/castra/internal/logging"
 	"github.com/castrabus/castra/internal/sdnotify"
@@ -32,41 +32,25 @@ const busPatience = 2 * time.Second
 // Main runs castra-guestd with the arguments behind its name and gives its exit
 // status: 0 after a clean end, 1 after a failure, 2 for wrong usage.
 func Main(version string, args []string, stdout, stderr io.Writer) int {
-	fs := flag.NewFlagSet("castra-guestd", flag.ContinueOnError)
-	fs.SetOutput(stderr)
-	path := fs.String("config", config.GuestPath, "the configuration `file`; drop-ins are FILE.d/*.toml")
-	check := fs.Bool("check-config", false, "check the configuration and exit")
-	showVersion := fs.Bool("version", false, "print the version and exit")
-	debug := fs.Bool("debug", false, "log more")
-	if err := fs.Parse(args); err != nil {
-		if errors.Is(err, flag.ErrHelp) {
-			return 0
-		}
-		return 2
+	f, status, proceed := flags.Parse("castra-guestd", version, config.GuestPath, args, stdout, stderr)
+	if !proceed {
+		return status
 	}
-	if fs.NArg() > 0 {
-		fmt.Fprintf(stderr, "castra-guestd: unexpected argument %q; castra-guestd --help lists the options\n", fs.Arg(0))
-		return 2
-	}
-	if *showVersion {
-		fmt.Fprintln(stdout, "castra-guestd", version)
-		return 0
-	}
-	cfg, err := load(*path)
+	cfg, err := load(f.Config)
 	if err != nil {
 		fmt.Fprintln(stderr, "castra-guestd:", err)
 		return 1
 	}
-	if *check {
-		fmt.Fprintf(stdout, "%s: the configuration is good\n", *path)
+	if f.Check {
+		fmt.Fprintf(stdout, "%s: the configuration is good\n", f.Config)
 		return 0
 	}
 	level := logrus.InfoLevel
-	if *debug {
+	if f.Debug {
 		level = logrus.DebugLevel
 	}
 	d := &daemon{
-		version: version, path: *path, cfg: cfg, log: logging.New(level),
+		version: version, path: f.Config, cfg: cfg, log: logging.New(level),
 		env:     environment{credentials: os.Getenv("CREDENTIALS_DIRECTORY"), hostname: os.Hostname},
 		changed: make(chan struct{}, 1),
 	}

@@ -259,7 +259,7 @@ func (s *Session) frame(ws **workspace, rest []byte) ([]byte, error) {
 		}
 		return rest, s.change(sub)
 	default:
-		return refuseFrame(bus.CodeUnsupportedType, fmt.Sprintf("no frame of type %q is known here", clip(m.TypeName)))
+		return refuseFrame(bus.CodeUnsupportedType, fmt.Sprintf("no frame of type %q is known here", wire.Clip(m.TypeName)))
 	}
 }
 
@@ -290,10 +290,10 @@ func (s *Session) publish(w *workspace) {
 		refuse(bus.CodeTooLarge, "a payload takes at most %d bytes without white space", wire.MaxPayload)
 		return
 	case !wire.ValidTopic(topic):
-		refuse(bus.CodeBadTopic, "%q is no topic: 1 to %d of A-Za-z0-9._:/-", clip(topic), wire.MaxTopic)
+		refuse(bus.CodeBadTopic, "%q is no topic: 1 to %d of A-Za-z0-9._:/-", wire.Clip(topic), wire.MaxTopic)
 		return
 	case m.Reply != nil && !wire.ValidTopic(m.Reply):
-		refuse(bus.CodeBadTopic, "reply %q is no topic", clip(m.Reply))
+		refuse(bus.CodeBadTopic, "reply %q is no topic", wire.Clip(m.Reply))
 		return
 	case owned && owner != s.vm:
 		refuse(bus.CodeForbidden, "topic %s belongs to another VM", topic)

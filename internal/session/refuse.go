@@ -2,7 +2,6 @@ package session
 
 import (
 	"errors"
-	"strings"
 	"time"
 
 	"github.com/castrabus/castra/internal/bus"
@@ -62,17 +61,8 @@ func ackKind(m *wire.Message) string {
 	case wire.TypeAck:
 		return "ack"
 	default:
-		return clip(m.TypeName)
+		return wire.Clip(m.TypeName)
 	}
-}
-
-// clip keeps what a guest sent short enough for a message.
-func clip(b []byte) string {
-	const most = 64
-	if len(b) > most {
-		return strings.ToValidUTF8(string(b[:most]), "") + "…"
-	}
-	return string(b)
 }
 
 // noteLimited records a refusal for the rate, at most one a second.

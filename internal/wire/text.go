@@ -1,6 +1,9 @@
 package wire
 
-import "unicode/utf8"
+import (
+	"strings"
+	"unicode/utf8"
+)
 
 // unhex gives a hex digit's value; more than 15: the byte is none.
 var unhex = makeUnhex()
@@ -132,4 +135,13 @@ func hex4(b []byte) rune {
 		return -1
 	}
 	return rune(unhex[b[0]])<<12 | rune(unhex[b[1]])<<8 | rune(unhex[b[2]])<<4 | rune(unhex[b[3]])
+}
+
+// Clip keeps what a peer sent short enough for a message.
+func Clip(b []byte) string {
+	const most = 64 // bytes
+	if len(b) > most {
+		return strings.ToValidUTF8(string(b[:most]), "") + "…"
+	}
+	return string(b)
 }

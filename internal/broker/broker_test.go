@@ -75,7 +75,11 @@ func TestReplay(t *testing.T) {
 	eventually(t, "presence is published", func() bool { return b.events.Committed() == 21 })
 	for from, first := range map[string]int{`"start"`: 0, `5`: 4, `-3`: 17} {
 		g.send(`{"type":"subscribe","topic":"t","sub":"s","from":` + from + `}`)
-		g.expect(`{"ack":"subscribe","status":"ok"}`)
+		if seq := fmt.Sprint(first); first > 0 {
+			g.expect(`{"ack":"subscribe","status":"ok","seq":` + seq + `}`)
+		} else {
+			g.expect(`{"ack":"subscribe","status":"ok"}`)
+		}
 		for i := first; i < 20; i++ {
 			g.expect(fmt.Sprintf(`{"type":"publish","subscription":"s","seq":%d,"payload":%d}`, i+1, i))
 		}

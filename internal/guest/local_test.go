@@ -155,8 +155,8 @@ func TestSocketWithoutAHost(t *testing.T) {
 	host.send(okSubscribe, `{"type":"publish","subscription":"s1","topic":"vm:web1","vm":"host","seq":2,"time":"T","payload":1}`)
 	p.want(`{"type":"publish","topic":"vm:web1","subscription":"mine","vm":"host","seq":2,"time":"T","payload":1}`)
 	// What the host refuses later ends the connection: the client was told another thing.
-	p.say(`{"type":"subscribe","topic":"b","from":"start"}`)
 	host.want(`{"type":"ack","ack":"publish","subscription":"s1","seq":2}`)
+	p.say(`{"type":"subscribe","topic":"b","from":"start"}`)
 	host.want(`{"type":"subscribe","topic":"b","sub":"s2","from":"start"}`)
 	_ = host.conn.Close()
 	p.want(`{"type":"ack","ack":"subscribe","status":"ok","topic":"b","subscription":"b","queued":true}`)

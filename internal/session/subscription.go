@@ -173,6 +173,11 @@ func (s *Session) change(r request) error {
 		refuse(&a, err)
 		return s.write(wire.AppendAckFrame(nil, &a))
 	}
+	if sub != nil {
+		// Where it begins: a guest that loses the connection before the first
+		// delivery can go on from there.
+		a.Seq = sub.Started() - 1
+	}
 	s.reading <- struct{}{}
 	defer func() { <-s.reading }()
 	s.writer <- struct{}{}

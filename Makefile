@@ -13,7 +13,7 @@ VERSION  := $(shell scripts/version)
 # The race detector wants a C compiler; the D-Bus tests a message bus, and busctl, which
 # is systemd's.
 UNIT_NEEDS := gcc libc6-dev dbus-daemon systemd
-E2E_NEEDS  := dbus-daemon qemu-system-x86 mmdebstrap e2fsprogs systemd-container procps
+E2E_NEEDS  := dbus-daemon qemu-system-x86 mmdebstrap e2fsprogs systemd-container procps strace
 
 # Where Go has never run, what it keeps goes into the checkout: trying Castra out
 # leaves nothing in a home.
@@ -62,6 +62,11 @@ test: ## every test, with real processes and a real VM; installs what it needs
 e2e: build
 	scripts/need $(E2E_NEEDS)
 	CASTRA_E2E=1 go test -race -count=1 -timeout 30m ./e2e
+
+.PHONY: soak
+soak: build ## castrad killed 10,000 times under load: about an hour
+	scripts/need $(E2E_NEEDS)
+	CASTRA_E2E=1 CASTRA_KILLS=10000 go test -race -count=1 -timeout 12h -run '^TestKill$$' -v ./e2e
 
 .PHONY: demo
 demo: build ## a host and two guests on loopback, messages both ways

@@ -26,11 +26,14 @@ const (
 // announce publishes presence changes and tells those who watch, until the
 // broker ends. What cannot be stored is merged per VM and tried again.
 func (b *Broker) announce() {
-	var a announcer
+	a := announcer{pending: b.left}
 	retry := time.NewTimer(time.Hour)
 	retry.Stop()
+	first := make(chan struct{}, 1) // one token: there may be something from the start
+	first <- struct{}{}
 	for ended := false; !ended; {
 		select {
+		case <-first:
 		case <-b.table.Wake:
 		case <-a.stuck.Done():
 		case <-retry.C:
@@ -39,6 +42,9 @@ func (b *Broker) announce() {
 		}
 		changes, touched := b.table.Changes()
 		a.pending = append(a.pending, changes...)
+		if len(changes) > 0 {
+			b.records.presence()
+		}
 		if b.publishPresence(&a); len(a.pending) > 0 {
 			a.pending = mergeChanges(a.pending)
 			retry.Reset(announceRetry)

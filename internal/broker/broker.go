@@ -81,7 +81,8 @@ type Broker struct {
 	handshakes handshakes
 	listeners  atomic.Pointer[[]*listener] // replaced, never changed in place
 	acked      ackMemory
-	scans      chan struct{} // see session.Options.Scans
+	left       []presence.Change // what a castrad that was killed had no time to say
+	scans      chan struct{}     // see session.Options.Scans
 
 	// admission is held for writing while names or keys change, and for reading
 	// while a guest is let in by them.
@@ -114,6 +115,13 @@ func Open(opts Options) (*Broker, error) {
 	}
 	if err := b.openLog(); err != nil {
 		return nil, err
+	}
+	left, err := b.records.leftReachable()
+	if err != nil {
+		b.log.WithError(err).Warn("who was reachable when castrad ended is not known")
+	}
+	for _, name := range left {
+		b.left = append(b.left, presence.Change{VM: name, Reason: presence.ReasonRestarted})
 	}
 	for _, e := range opts.Registry.List() {
 		b.table.Know(e.Name)

@@ -226,6 +226,35 @@ func TestShutdown(t *testing.T) {
 	}
 }
 
+// A castrad that was killed had no time to announce an end; the next one does.
+func TestKilledWithoutAWord(t *testing.T) {
+	o := testOptions(t, t.TempDir())
+	if err := os.MkdirAll(o.StateDir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	b := start(t, o)
+	connect(t, b.addr, "g")
+	file := filepath.Join(o.StateDir, "reachable.json")
+	var list []byte
+	eventually(t, "it is written down", func() bool {
+		list, _ = os.ReadFile(file)
+		return string(list) == "[\"g\"]\n"
+	})
+	if err := b.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if now, err := os.ReadFile(file); err != nil || string(now) != "[]\n" {
+		t.Errorf("after a clean end the list is %s, %v", now, err)
+	}
+	if err := os.WriteFile(file, list, 0o600); err != nil { // as a kill leaves it
+		t.Fatal(err)
+	}
+	b = start(t, testOptions(t, filepath.Dir(o.StateDir)))
+	eventually(t, "it is announced", func() bool {
+		return count(t, b, `"payload":{"vm":"g","state":"unreachable","reason":"restarted"}`) == 1
+	})
+}
+
 // A retry of the host's own is known after a restart, and an ack after its
 // subscriber has left.
 func TestWhatIsRemembered(t *testing.T) {

@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -52,6 +53,7 @@ type recorder struct {
 
 	mu      sync.Mutex
 	due     map[string]struct{}
+	present bool // who is reachable has changed
 	dropped int
 }
 
@@ -82,10 +84,44 @@ func (r *recorder) handshake(vm string) {
 	r.mu.Lock()
 	r.due[vm] = struct{}{}
 	r.mu.Unlock()
+	r.poke()
+}
+
+// presence makes the list of those who are reachable due.
+func (r *recorder) presence() {
+	r.mu.Lock()
+	r.present = true
+	r.mu.Unlock()
+	r.poke()
+}
+
+func (r *recorder) poke() {
 	select {
 	case r.wake <- struct{}{}:
 	default:
 	}
+}
+
+// reachableFile lists the VMs that were reachable, for a castrad that begins
+// where another ended without a word: the last one said of each that it is.
+func (r *recorder) reachableFile() string {
+	return filepath.Join(filepath.Dir(r.dir), "reachable.json")
+}
+
+// leftReachable reads that list.
+func (r *recorder) leftReachable() ([]string, error) {
+	data, err := os.ReadFile(r.reachableFile())
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	var names []string
+	if err := json.Unmarshal(data, &names); err != nil {
+		return nil, fmt.Errorf("%s: %w", r.reachableFile(), err)
+	}
+	return slices.DeleteFunc(names, func(name string) bool { return !wire.ValidName(name) }), nil
 }
 
 // run writes until ctx is done, and then what is left.
@@ -117,6 +153,7 @@ func (r *recorder) run(ctx context.Context) {
 			for len(r.events) > 0 {
 				r.note(r.append(files, <-r.events))
 			}
+			r.presence() // nobody is connected any more
 			r.writeDue()
 			for _, f := range files {
 				r.note(f.close())
@@ -170,9 +207,16 @@ func (r *recorder) refresh() {
 
 func (r *recorder) writeDue() {
 	r.mu.Lock()
-	due := r.due
-	r.due = make(map[string]struct{})
+	due, present := r.due, r.present
+	r.due, r.present = make(map[string]struct{}), false
 	r.mu.Unlock()
+	if present {
+		data, err := json.Marshal(r.table.Reachable())
+		if err == nil {
+			err = replace(r.reachableFile(), append(data, '\n'))
+		}
+		r.note(err)
+	}
 	for name := range due {
 		if last, ok := r.table.Last(name); ok && !last.Handshake.IsZero() {
 			r.note(r.writeHandshake(name, last))
@@ -212,12 +256,17 @@ func (r *recorder) writeHandshake(name string, last presence.Last) error {
 	if err != nil {
 		return err
 	}
+	return replace(filepath.Join(r.dir, name+".json"), append(data, '\n'))
+}
+
+// replace gives path the contents data, whole or not at all.
+func replace(path string, data []byte) error {
 	// No VM's name begins with a dot.
-	tmp := filepath.Join(r.dir, "."+name+".tmp")
-	if err := os.WriteFile(tmp, append(data, '\n'), 0o640); err != nil {
+	tmp := filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+".tmp")
+	if err := os.WriteFile(tmp, data, 0o640); err != nil {
 		return err
 	}
-	return os.Rename(tmp, filepath.Join(r.dir, name+".json"))
+	return os.Rename(tmp, path)
 }
 
 func orEmpty(s []string) []string {

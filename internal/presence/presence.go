@@ -18,6 +18,7 @@ const (
 	ReasonDisconnected = "disconnected" // its connection closed
 	ReasonSilent       = "silent"       // connected, yet nothing heard for too long
 	ReasonExpired      = "expired"      // a handshake-only guest was not heard of again
+	ReasonRestarted    = "restarted"    // the broker ended without saying so, and begins with nobody
 )
 
 // Change is a VM's transition from one state to the other.

@@ -83,6 +83,20 @@ func (t *Table) Counts() (sessions, reachable int) {
 	return t.live, reachable
 }
 
+// Reachable lists the names of the VMs that are, sorted.
+func (t *Table) Reachable() []string {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	names := []string{}
+	for name, v := range t.vms {
+		if v.reachable {
+			names = append(names, name)
+		}
+	}
+	slices.Sort(names)
+	return names
+}
+
 // Last is what the file of a VM's last handshake tells; times are wall clock,
 // zero where never.
 type Last struct {

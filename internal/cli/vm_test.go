@@ -203,7 +203,6 @@ func TestVMAddUsage(t *testing.T) {
 		"vm frobnicate":                         `unknown command "frobnicate"`,
 		"vm rekey a --no-key":                   "unknown flag",
 		"frobnicate":                            `unknown command "frobnicate"`,
-		"bus verify":                            `unknown command "verify"`,
 		"completion powershell":                 "which shell?",
 		"logs a b":                              "one word too many",
 		"logs -n many":                          "--lines takes",

@@ -200,6 +200,30 @@ func TestPerVMStreams(t *testing.T) {
 	}
 }
 
+// However many records are copied at once, a VM's segments are full ones.
+func TestPerVMSegmentsAreFull(t *testing.T) {
+	o := testOptions(t.TempDir())
+	o.PerVM.Retention = 0
+	l := mustOpen(t, o)
+	b := &Batch{}
+	for i := range 2000 {
+		b.Entries = append(b.Entries, Entry{VM: "web1", Topic: []byte("t"), Payload: fmt.Appendf(nil, "%q", strings.Repeat("x", 100+i%50))})
+	}
+	if err := l.Append(t.Context(), b); err != nil {
+		t.Fatal(err)
+	}
+	mustClose(t, l)
+	files, err := filepath.Glob(filepath.Join(o.PerVM.Dir, "web1", "*.jsonl"))
+	if err != nil || len(files) < 5 {
+		t.Fatal(files, err)
+	}
+	for _, f := range files[:len(files)-1] {
+		if st, err := os.Stat(f); err != nil || st.Size() > o.PerVM.SegmentSize || st.Size() < o.PerVM.SegmentSize-400 {
+			t.Errorf("%s has %d bytes, %v", f, st.Size(), err)
+		}
+	}
+}
+
 func TestRetentionGivesGap(t *testing.T) {
 	o := testOptions(t.TempDir())
 	o.Retention, o.Recent = 256<<10, 1

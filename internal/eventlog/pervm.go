@@ -221,7 +221,11 @@ func (p *perVM) append(s *vmStream, rec *Record) error {
 		return nil
 	}
 	n := len(rec.Line) + 1
-	if used := s.size + int64(len(s.buf)); used > 0 && used+int64(n) > p.opts.SegmentSize {
+	used := int64(len(s.buf))
+	if !s.full { // otherwise what is buffered begins a segment
+		used += s.size
+	}
+	if used > 0 && used+int64(n) > p.opts.SegmentSize {
 		if err := p.flushStream(s); err != nil {
 			return err
 		}

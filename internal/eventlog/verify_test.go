@@ -2,6 +2,7 @@ package eventlog
 
 import (
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -191,6 +192,53 @@ func TestVerifyFlippedBits(t *testing.T) {
 			}
 			set(at, b)
 		}
+	}
+}
+
+// slowWriter ends a line when its file is opened a second time.
+type slowWriter struct {
+	FS
+	file  string
+	opens int
+	rest  []byte
+	t     *testing.T
+}
+
+func (w *slowWriter) OpenFile(name string, flag int, perm fs.FileMode) (File, error) {
+	f, err := w.FS.OpenFile(name, flag, perm)
+	if err != nil || name != w.file {
+		return f, err
+	}
+	if w.opens++; w.opens == 2 {
+		out, err := os.OpenFile(name, os.O_WRONLY|os.O_APPEND, 0)
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		defer out.Close()
+		if _, err := out.Write(w.rest); err != nil {
+			w.t.Fatal(err)
+		}
+	}
+	return f, nil
+}
+
+// A line that is just being written is no unfinished one.
+func TestVerifyGrowingLine(t *testing.T) {
+	o := verifyLog(t)
+	path := filepath.Join(o.Dir, segmentName(55))
+	data, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cut := len(data) - 70
+	if err := os.WriteFile(path, data[:cut], 0o600); err != nil {
+		t.Fatal(err)
+	}
+	vo := verifyOptions(o)
+	vo.window = 0 // so that the file is read at once
+	vo.FS = &slowWriter{FS: OS, file: path, rest: data[cut:], t: t}
+	if got := verify(t, vo); len(got) > 0 {
+		t.Error(got)
 	}
 }
 

@@ -18,24 +18,9 @@ import (
 // benchLab is a lab whose castrad lets any guest publish any amount.
 func benchLab(b *testing.B) *lab {
 	l := newLab(b)
-	l.hostBus = l.bus("host")
-	l.port = freePort(b)
-	conf := l.write("castrad.toml", `[broker]
-listen = ["127.0.0.1:%d"]
-unknown_vms = "accept"
-guest_topics = ["bench.>"]
-[store]
-state_dir = %q
-log_dir = %q
-[limits]
-publish_rate = 100000000
-publish_burst = 100000000
-`, l.port, l.path("state"), l.path("log"))
-	l.start("castrad", []string{"DBUS_SYSTEM_BUS_ADDRESS=" + l.hostBus}, bin(b, "castrad"), "--config", conf)
-	l.until("castrad answers", func() error {
-		_, err := l.tryCastractl("status")
-		return err
-	})
+	l.loadedConfig("")
+	l.startCastrad("castrad")
+	l.answers()
 	return l
 }
 

@@ -118,14 +118,49 @@ func (l *lab) castrad() {
 	l.Helper()
 	l.hostBus = l.bus("host")
 	l.port = freePort(l.TB)
-	conf := l.write("castrad.toml", `[broker]
+	l.write("castrad.toml", `[broker]
 listen = ["127.0.0.1:%d"]
 vms_dir = %q
 [store]
 state_dir = %q
 log_dir = %q
 `, l.port, l.path("vms.d"), l.path("state"), l.path("log"))
-	l.start("castrad", []string{"DBUS_SYSTEM_BUS_ADDRESS=" + l.hostBus}, bin(l.TB, "castrad"), "--config", conf)
+	l.startCastrad("castrad")
+	l.answers()
+}
+
+// loadedConfig writes the configuration of a castrad that lets any guest publish
+// any amount; store is what else its [store] is to say.
+func (l *lab) loadedConfig(store string) {
+	l.Helper()
+	l.hostBus = l.bus("host")
+	l.port = freePort(l.TB)
+	l.write("castrad.toml", `[broker]
+listen = ["127.0.0.1:%d"]
+unknown_vms = "accept"
+guest_topics = ["bench.>"]
+session_timeout = "10m"
+[limits]
+publish_rate = 100000000
+publish_burst = 100000000
+publish_bytes = "1GiB"
+[store]
+state_dir = %q
+log_dir = %q
+%s
+`, l.port, l.path("state"), l.path("log"), store)
+}
+
+// startCastrad starts castrad with the lab's configuration; its output is in
+// NAME.log.
+func (l *lab) startCastrad(name string) *exec.Cmd {
+	l.Helper()
+	return l.start(name, []string{"DBUS_SYSTEM_BUS_ADDRESS=" + l.hostBus}, bin(l.TB, "castrad"), "--config", l.path("castrad.toml"))
+}
+
+// answers waits until castrad does.
+func (l *lab) answers() {
+	l.Helper()
 	l.until("castrad answers", func() error {
 		_, err := l.tryCastractl("status")
 		return err

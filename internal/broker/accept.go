@@ -75,7 +75,8 @@ func (b *Broker) accept(l *listener) {
 		switch {
 		case err == nil:
 			failing = false
-			b.guests.Go(func() { b.serve(conn) })
+			b.guests.Add(1)
+			go b.serve(conn, b.guests.Done)
 		case errors.Is(err, net.ErrClosed):
 			return
 		case l.answer(err):
@@ -93,16 +94,20 @@ func (b *Broker) accept(l *listener) {
 	}
 }
 
-func (b *Broker) serve(conn net.Conn) {
+// serve takes a connection to its close, and then calls done.
+func (b *Broker) serve(conn net.Conn, done func()) {
 	c, ok := conn.(session.Conn)
 	if !ok {
 		b.log.WithField("addr", conn.RemoteAddr()).Errorf("a %T cannot carry a session", conn)
 		_ = conn.Close()
+		done()
 		return
 	}
-	done := b.handshakes.enter(c)
-	session.Serve(b.ctx, &greeted{Conn: c, done: done}, b, b.sessionOptions())
-	done()
+	leave := b.handshakes.enter(c)
+	session.Serve(b.ctx, &greeted{Conn: c, done: leave}, b, b.sessionOptions(), func() {
+		leave()
+		done()
+	})
 }
 
 // greeted is a connection that leaves the list of unfinished handshakes when

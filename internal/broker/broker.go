@@ -83,6 +83,7 @@ type Broker struct {
 	acked      ackMemory
 	left       []presence.Change // what a castrad that was killed had no time to say
 	scans      chan struct{}     // see session.Options.Scans
+	lot        *session.Lot
 
 	// admission is held for writing while names or keys change, and for reading
 	// while a guest is let in by them.
@@ -126,11 +127,15 @@ func Open(opts Options) (*Broker, error) {
 	for _, e := range opts.Registry.List() {
 		b.table.Know(e.Name)
 	}
+	if b.lot, err = session.NewLot(); err != nil {
+		return nil, errors.Join(err, b.events.Close())
+	}
 	b.ctx, b.cancel = context.WithCancel(context.Background())
 	b.ctx2, b.cancel2 = context.WithCancel(context.Background())
 	b.work.Go(func() { b.records.run(b.ctx2) })
 	b.work.Go(func() { b.cursors.run(b.ctx2, b.log) })
 	b.work.Go(b.sweep)
+	b.work.Go(b.watchLot)
 	b.work.Go(b.announce)
 	return b, nil
 }
@@ -286,10 +291,17 @@ func (b *Broker) sweep() {
 	}
 }
 
+// watchLot serves idle sessions.
+func (b *Broker) watchLot() {
+	if err := b.lot.Run(b.ctx2); err != nil {
+		b.log.WithError(err).Error("idle guests are not heard any more; restart castrad")
+	}
+}
+
 func (b *Broker) sessionOptions() session.Options {
 	s := b.settings.Load()
 	return session.Options{
 		HandshakeTimeout: s.HandshakeTimeout, WriteTimeout: s.SessionTimeout,
-		MaxSubscriptions: s.MaxSubscriptions, Scans: b.scans, Lazy: b.events.Lazy(), Log: b.events,
+		MaxSubscriptions: s.MaxSubscriptions, Scans: b.scans, Lazy: b.events.Lazy(), Log: b.events, Lot: b.lot,
 	}
 }

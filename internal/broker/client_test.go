@@ -42,6 +42,7 @@ func testOptions(t testing.TB, dir string) Options {
 // running is a broker that listens on loopback.
 type running struct {
 	*Broker
+	t    testing.TB
 	addr string
 }
 
@@ -56,7 +57,7 @@ func start(t testing.TB, o Options) *running {
 		t.Fatal(err)
 	}
 	b.Serve(ln)
-	r := &running{b, ln.Addr().String()}
+	r := &running{b, t, ln.Addr().String()}
 	t.Cleanup(func() { _ = b.Close() }) // a test that closes it itself checks the error
 	return r
 }

@@ -111,6 +111,7 @@ func (d *daemon) run() error {
 		d.log.WithError(err).Warn("cannot tell the service manager that castrad is ready")
 	}
 	work.Go(func() { d.keepStatus(ctx) })
+	work.Go(func() { trim(ctx) })
 	if interval, ok := sdnotify.WatchdogInterval(); ok {
 		work.Go(func() {
 			sdnotify.RunWatchdog(ctx, interval, func(err error) { d.log.WithError(err).Error("the watchdog is not fed") }, d.broker.Ping)

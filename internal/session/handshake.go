@@ -26,19 +26,24 @@ const (
 	lingerBytes = 256 << 10
 )
 
-// Serve runs a connection from greeting to close. It returns when the
-// connection is closed, and ends the session when ctx is done.
-func Serve(ctx context.Context, conn Conn, b Broker, opts Options) {
+// Serve takes a connection from greeting to close, and ends the session when ctx is
+// done. It may return long before the connection is closed, which is when done is
+// called.
+func Serve(ctx context.Context, conn Conn, b Broker, opts Options, done func()) {
 	h := handshake{ctx: ctx, conn: conn, broker: b, opts: opts, remote: conn.RemoteAddr().String()}
 	hangUp := context.AfterFunc(ctx, func() { _ = conn.Close() }) // nothing is owed to who has not said hello
 	s, early := h.run()
 	hangUp()
 	if s == nil {
 		linger(conn)
+		done()
 		return
 	}
 	stop := context.AfterFunc(ctx, func() { s.End(TroubleShutdown, "castrad is ending") })
-	defer stop()
+	s.done = func() {
+		stop()
+		done()
+	}
 	s.run(early)
 }
 

@@ -40,9 +40,12 @@ type reply struct {
 
 var workspaces = sync.Pool{New: func() any { return &workspace{buf: make([]byte, readSize)} }}
 
-// run reads until the session ends and then says why.
+// run reads until the session is parked, or ends; then it says why.
 func (s *Session) run(early []byte) {
 	err := s.read(early)
+	if errors.Is(err, errParked) {
+		return
+	}
 	end := s.ended.Load()
 	if end == nil {
 		end = &End{}
@@ -58,6 +61,7 @@ func (s *Session) run(early []byte) {
 		}
 	}
 	s.bye(*end)
+	s.done()
 }
 
 // bye says why the session ends, and takes it down. The table of VMs knows it
@@ -102,24 +106,32 @@ func fatalCode(reason string) string {
 	}
 }
 
-// read serves bursts of frames until an error ends it.
+// read serves bursts of frames until an error ends it, errParked among them.
 func (s *Session) read(early []byte) error {
 	rest := early // an incomplete frame, held in no more room than it needs
-	for {
-		ws, n, err := s.receive(rest)
-		if err != nil {
-			return err
-		}
-		left, err := s.burst(&ws, ws.buf[:n])
-		if err != nil {
-			return err
-		}
-		rest = append(rest[:0], left...)
-		if len(rest) == 0 {
-			rest = nil // an idle session holds no buffer
-		}
-		workspaces.Put(ws)
+	var err error
+	if !s.resumed {
+		err = s.rest(false, true)
 	}
+	for err == nil {
+		var ws *workspace
+		var n int
+		if ws, n, err = s.receive(rest); err == nil {
+			var left []byte
+			if left, err = s.burst(&ws, ws.buf[:n]); err != nil {
+				return err
+			}
+			rest = append(rest[:0], left...)
+			if len(rest) == 0 {
+				rest = nil // an idle session holds no buffer
+			}
+			workspaces.Put(ws)
+			err = s.rest(len(rest) == 0, true)
+		} else if errors.Is(err, errIdle) {
+			err = s.rest(len(rest) == 0, false)
+		}
+	}
+	return err
 }
 
 // receive waits for bytes and borrows a workspace once there are some. Behind an
@@ -160,6 +172,11 @@ func (s *Session) complete(rest []byte) ([]byte, error) {
 		room := slices.Grow(rest, min(need-len(rest), max(512, len(rest))))
 		room = room[:min(cap(room), need)]
 		n, err := s.readInto(func() []byte { return room[len(rest):] }, func() {})
+		if errors.Is(err, errIdle) {
+			if err = s.rest(false, false); err == nil {
+				continue
+			}
+		}
 		if errors.Is(err, io.EOF) {
 			err = fmt.Errorf("the connection closed inside a frame: %w", io.ErrUnexpectedEOF)
 		}
@@ -170,10 +187,11 @@ func (s *Session) complete(rest []byte) ([]byte, error) {
 	}
 }
 
-// readInto reads once, waiting until it can. The buffer is asked for before each
-// try and given back when there was nothing to read, so that waiting holds none.
+// readInto reads once, waiting until it can, or gives errIdle. The buffer is asked
+// for before each try and given back when there was nothing to read, so that waiting
+// holds none.
 func (s *Session) readInto(borrow func() []byte, giveBack func()) (n int, err error) {
-	waitErr := s.raw.Read(func(fd uintptr) bool {
+	try := func(fd uintptr) bool {
 		b := borrow()
 		for {
 			if n, err = syscall.Read(int(fd), b); !errors.Is(err, syscall.EINTR) {
@@ -188,12 +206,24 @@ func (s *Session) readInto(borrow func() []byte, giveBack func()) (n int, err er
 			err = io.EOF
 		}
 		return true
-	})
+	}
+	var waitErr error
+	if s.resumed { // the deadline is an old one
+		waitErr = s.raw.Control(func(fd uintptr) {
+			if !try(fd) {
+				err = errIdle
+			}
+		})
+	} else {
+		waitErr = s.raw.Read(try)
+	}
 	if waitErr != nil {
 		err = waitErr
 	}
 	if errors.Is(err, os.ErrDeadlineExceeded) {
-		err = errEnded
+		if err = errIdle; s.ended.Load() != nil {
+			err = errEnded
+		}
 	}
 	return max(0, n), err
 }
@@ -232,6 +262,7 @@ func (s *Session) frame(ws **workspace, rest []byte) ([]byte, error) {
 	w := *ws
 	m := &w.msg
 	kind := ackKind(m)
+	s.resumed = s.resumed && (m.Type == wire.TypeHeartbeat || m.Type == wire.TypeAck)
 	refuseFrame := func(code bus.Code, reason string) ([]byte, error) {
 		w.acks = append(w.acks, reply{ack: wire.Ack{Kind: kind, Code: string(code), Reason: reason, Topic: w.keep(m.Topic), ID: w.keep(m.ID)}, entry: -1})
 		return rest, nil

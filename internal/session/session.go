@@ -120,6 +120,7 @@ type Options struct {
 	Scans chan struct{}
 	Lazy  bool // acks are given before records are durable, and say so
 	Log   *eventlog.Log
+	Lot   *Lot // where idle sessions wait
 }
 
 // Conn is what a session runs over: a TCP or Unix stream connection.
@@ -160,6 +161,14 @@ type Session struct {
 	background sync.WaitGroup // searches of the log
 	ended      atomic.Pointer[End]
 	limitedAt  time.Time // when a refusal for the rate was last recorded
+	done       func()    // called once, when all of it has ended
+
+	// Of whoever reads: when frames came last, until when reading waits before it is
+	// seen whether the session is idle, and whether it was parked and has heard nothing
+	// but heartbeats since.
+	heardAt, checkAt time.Time
+	resumed          bool
+	spot             uint64 // in the lot, under its lock; 0: none yet
 }
 
 // VM gives the name of the guest.
@@ -181,6 +190,7 @@ func (s *Session) End(reason, detail string) {
 		// A deadline in the past wakes reader and writer; the reader then says
 		// good-bye and closes.
 		_ = s.conn.SetDeadline(time.Unix(1, 0))
+		s.opts.Lot.wake(s)
 	}
 }
 

@@ -71,7 +71,7 @@ type Broker struct {
 	began   time.Time
 
 	settings atomic.Pointer[Settings]
-	state    atomic.Pointer[string] // why degraded; nil: it is not
+	health   health
 
 	topics   index
 	tails    waiters // those that follow the log
@@ -106,6 +106,7 @@ func Open(opts Options) (*Broker, error) {
 	b.table = presence.New(tableOptions(settings))
 	b.topics.init()
 	b.handshakes.max = opts.MaxHandshakes
+	b.health.changed = make(chan struct{}, 1)
 	var err error
 	if b.records, err = openRecorder(filepath.Join(opts.StateDir, "handshakes"), b.table, opts.Log); err != nil {
 		return nil, err
@@ -129,7 +130,7 @@ func Open(opts Options) (*Broker, error) {
 	b.ctx, b.cancel = context.WithCancel(context.Background())
 	b.ctx2, b.cancel2 = context.WithCancel(context.Background())
 	b.work.Go(func() { b.records.run(b.ctx2) })
-	b.work.Go(func() { b.cursors.run(b.ctx2, b.log) })
+	b.work.Go(func() { b.cursors.run(b.ctx2, func(err error) { b.note(partCursors, err) }) })
 	b.work.Go(b.sweep)
 	b.work.Go(b.announce)
 	return b, nil
@@ -155,16 +156,10 @@ func (b *Broker) openLog() error {
 			PositionFile: filepath.Join(o.StateDir, "vm-streams.json"),
 			SegmentSize:  max(64<<10, o.VMRetention/vmSegments), Retention: o.VMRetention, MaxAge: o.RetentionAge,
 			Sender: bus.HostVM, Owner: topicOwner,
-			OnError: func(err error) {
-				if err != nil {
-					b.log.WithError(err).Error("cannot write the VMs' streams; they are completed when it works again")
-				} else {
-					b.log.Info("the VMs' streams are written again")
-				}
-			},
+			OnError: func(err error) { b.note(partVMStreams, err) },
 		},
 		OnCommit: b.committed,
-		OnState:  b.logState,
+		OnState:  func(s eventlog.State) { b.note(partLog, s.Err) },
 		OnError:  func(err error) { b.log.WithError(err).Warn("the event log cannot tidy up") },
 		OnDamage: func(d eventlog.Damage) {
 			b.log.WithFields(logrus.Fields{"file": d.File, "offset": d.Offset}).
@@ -188,18 +183,6 @@ func (b *Broker) openLog() error {
 func topicOwner(topic []byte) ([]byte, bool) {
 	name, ok := wire.TopicVM(string(topic))
 	return []byte(name), ok
-}
-
-// logState takes in a change of the event log's state.
-func (b *Broker) logState(s eventlog.State) {
-	if s.Degraded == "" {
-		b.state.Store(nil)
-		b.log.Info("the event log takes records again")
-	} else {
-		b.state.Store(&s.Degraded)
-		b.log.WithError(s.Err).WithField("reason", s.Degraded).
-			Error("the event log takes no records; publishes are refused until the disk answers")
-	}
 }
 
 // Configure changes the settings of a running broker and reads the registry

@@ -188,10 +188,13 @@ func (c *cursors) move(sub *session.Subscription, seq uint64) {
 	}
 }
 
-// run writes what has moved until ctx is done, and then the rest.
-func (c *cursors) run(ctx context.Context, log *logrus.Logger) {
+// run writes what has moved until ctx is done, and then the rest. note is told how
+// each attempt went; what failed is tried again.
+func (c *cursors) run(ctx context.Context, note func(error)) {
+	var retry <-chan time.Time // nil: nothing has failed
 	for {
 		select {
+		case <-retry:
 		case <-c.wake:
 			t := time.NewTimer(cursorDelay)
 			select {
@@ -201,8 +204,10 @@ func (c *cursors) run(ctx context.Context, log *logrus.Logger) {
 			}
 		case <-ctx.Done():
 		}
-		if err := c.flush(); err != nil {
-			log.WithError(err).Error("cannot store how far guests have read; some of it may be delivered again")
+		err := c.flush()
+		note(err)
+		if retry = nil; err != nil {
+			retry = time.After(cursorDelay)
 		}
 		if ctx.Err() != nil {
 			return
@@ -226,7 +231,7 @@ func (c *cursors) flush() error {
 		if err != nil {
 			errs = append(errs, err)
 			c.mu.Lock()
-			c.moved[vm] = struct{}{} // the next move tries again
+			c.moved[vm] = struct{}{} // to be tried again
 			c.mu.Unlock()
 		}
 	}

@@ -17,7 +17,7 @@ func (b *Broker) Status(names []string) bus.Status {
 	settings := b.settings.Load()
 	s := bus.Status{
 		Broker: bus.Broker{
-			Kind: "host", Version: b.opts.Version, State: b.State(), PID: os.Getpid(),
+			Kind: "host", Version: b.opts.Version, State: b.State(), Faults: b.health.list(), PID: os.Getpid(),
 			UptimeMS: time.Since(b.began).Milliseconds(),
 			Listen:   b.Addresses(), LogDir: b.opts.LogDir, StateDir: b.opts.StateDir,
 			UnknownVMs: "reject", Sync: b.opts.SyncName,
@@ -38,11 +38,11 @@ func (b *Broker) Status(names []string) bus.Status {
 
 // State says in a few words how the broker is.
 func (b *Broker) State() string {
-	switch why := b.state.Load(); {
+	switch why := b.health.word(); {
 	case b.ctx.Err() != nil:
 		return "stopping"
-	case why != nil:
-		return "degraded: " + *why
+	case why != "":
+		return "degraded: " + why
 	default:
 		return "running"
 	}

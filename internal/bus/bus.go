@@ -91,7 +91,8 @@ type Status struct {
 type Broker struct {
 	Kind        string   `json:"kind"` // "host" (castrad) or "guest" (castra-guestd)
 	Version     string   `json:"version"`
-	State       string   `json:"state"` // "running", "degraded: <why>", "stopping"; guest: also "connecting", "refused: <why>"
+	State       string   `json:"state"`  // "running", "degraded: <why>", "stopping"; guest: also "connecting", "refused: <why>"
+	Faults      []Fault  `json:"faults"` // all that makes it degraded, the worst first; empty: nothing does
 	PID         int      `json:"pid"`
 	UptimeMS    int64    `json:"uptime_ms"`
 	Listen      []string `json:"listen"` // the listeners' addresses; guest: the host's address
@@ -107,6 +108,17 @@ type Broker struct {
 	SpoolCount  int      `json:"spool_count"` // guest: publishes not yet acknowledged by the host
 	SpoolBytes  int64    `json:"spool_bytes"`
 	ConnectedTo string   `json:"connected_to,omitempty"` // guest: the host's address while a session is up
+}
+
+// Fault is something that keeps a daemon from all that it promises. It ends by
+// itself when what is wrong is mended.
+type Fault struct {
+	Part   string `json:"part"`   // what of it fails: "event-log", "vm-streams", "cursors", "handshakes"
+	Cause  string `json:"cause"`  // a few words: "disk full", "disk read-only", …
+	Effect string `json:"effect"` // what is not done meanwhile, and what is
+	Detail string `json:"detail"` // the error as it came
+	Advice string `json:"advice"` // what an operator does next
+	AgeMS  int64  `json:"age_ms"`
 }
 
 // VM describes one virtual machine as the broker knows it now. Ages are

@@ -150,7 +150,8 @@ func ms(seconds int64) *int64 { n := seconds * 1000; return &n }
 func testStatus() bus.Status {
 	st := bus.Status{
 		Broker: bus.Broker{
-			Kind: "host", Version: "0.1.0", State: "running", PID: 812, UptimeMS: 11_520_000,
+			Faults: []bus.Fault{},
+			Kind:   "host", Version: "0.1.0", State: "running", PID: 812, UptimeMS: 11_520_000,
 			Listen: []string{"127.0.0.1:7070"}, LogDir: "/var/log/castra", StateDir: "/var/lib/castra",
 			UnknownVMs: "reject", Sync: "always", HeadSeq: 1042, OldestSeq: 1, Sessions: 2, Registered: 4, Reachable: 2,
 		},

@@ -31,8 +31,9 @@ func newPublishCmd(f *Factory) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "publish [flags] (--payload JSON | @FILE | - | JSON)",
 		Short: "Publish one message",
-		Long: `Publish one JSON value. It is stored durably when the command ends with 0; in a
-guest it may be kept by castra-guestd until the host has it.
+		Long: `Publish one JSON value. It is stored durably when the command ends with 0, unless
+castrad is configured with a lazy sync, which a remark on stderr says; in a guest
+it may be kept by castra-guestd until the host has it.
 
 @FILE reads the payload from a file, - from standard input.`,
 		Example: `  castractl bus publish '{"event":"maintenance"}'
@@ -176,10 +177,22 @@ func (f *Factory) runPublish(ctx context.Context, o *publishOptions, req bus.Pub
 	case f.IO.Terminal && !o.printSeq && !f.Quiet:
 		fmt.Fprintf(f.IO.Out, "record %d on %s\n", seq, escape(req.Topic))
 	}
+	f.noteLazy(ctx, seq)
 	if wait {
 		return f.waitAck(ctx, client, seq, time.Duration(o.waitAck))
 	}
 	return nil
+}
+
+// noteLazy says of a record that it may still be lost, where castrad's sync is lazy.
+func (f *Factory) noteLazy(ctx context.Context, seq uint64) {
+	if f.Quiet {
+		return
+	}
+	st, err := f.status(ctx, NoStart, []string{""}) // nobody's name: of the VMs none is wanted
+	if err == nil && st.Broker.Kind != kindGuest && st.Broker.Sync != "" && st.Broker.Sync != "always" {
+		f.note("record %d is stored, but not durable yet: castrad's sync is %q, and a power cut may lose it", seq, st.Broker.Sync)
+	}
 }
 
 // mustKnow turns down a name that no message can reach: where unknown VMs are

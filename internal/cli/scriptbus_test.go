@@ -174,7 +174,8 @@ func (b *scriptBus) Status(names []string) bus.Status {
 	}
 	st := bus.Status{
 		Broker: bus.Broker{
-			Kind: b.kind, Version: "0.1.0", State: "running", PID: 1, UptimeMS: 61_000, Listen: []string{"127.0.0.1:7070"},
+			Faults: []bus.Fault{},
+			Kind:   b.kind, Version: "0.1.0", State: "running", PID: 1, UptimeMS: 61_000, Listen: []string{"127.0.0.1:7070"},
 			LogDir: "/var/log/castra", StateDir: "/var/lib/castra", UnknownVMs: "reject", Sync: "always", HeadSeq: b.head(),
 		},
 		VMs:     []bus.VM{},

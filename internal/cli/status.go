@@ -93,7 +93,7 @@ func (f *Factory) socketIdle(ctx context.Context) bool {
 // idleStatus is what is true of a bus whose daemon has not been needed yet.
 func idleStatus() bus.Status {
 	return bus.Status{
-		Broker:  bus.Broker{Kind: "host", State: "idle", Listen: []string{}},
+		Broker:  bus.Broker{Kind: "host", State: "idle", Listen: []string{}, Faults: []bus.Fault{}},
 		VMs:     []bus.VM{},
 		Refused: []bus.Refused{},
 	}
@@ -145,9 +145,23 @@ func (f *Factory) writeBroker(w io.Writer, b *bus.Broker) error {
 		fmt.Fprintf(&lines, "VMs reachable: %d, registered: %d, sessions: %d, newest record: %d\n", b.Reachable, b.Registered, b.Sessions, b.HeadSeq)
 		fmt.Fprintf(&lines, "listening on %s, records in %s\n", escape(strings.Join(b.Listen, ", ")), escape(b.LogDir))
 	}
+	for _, fault := range b.Faults {
+		f.writeFault(&lines, &fault)
+	}
 	lines.WriteByte('\n')
 	_, err := io.WriteString(w, lines.String())
 	return err
+}
+
+// writeFault says what is wrong, what that means, and what to do next.
+func (f *Factory) writeFault(lines *strings.Builder, fault *bus.Fault) {
+	since := shortSpan(time.Duration(fault.AgeMS) * time.Millisecond)
+	fmt.Fprintf(lines, "%s: %s, since %s\n", f.IO.paint(bold, escape(fault.Part)), f.IO.paint(red, escape(fault.Cause)), since)
+	fmt.Fprintf(lines, "      error:  %s\n", escape(fault.Detail))
+	fmt.Fprintf(lines, "      effect: %s\n", escape(fault.Effect))
+	if !f.Quiet {
+		fmt.Fprintf(lines, "      mend:   %s\n", escape(fault.Advice))
+	}
 }
 
 // stateStyle marks a daemon's state by its first word: what follows is a reason.

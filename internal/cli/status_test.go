@@ -61,6 +61,27 @@ func TestStatusGuest(t *testing.T) {
 	r.want(t, 0, "not connected; the host is looked for at 10.0.2.2:7070\n3 messages (300 bytes) kept", "")
 }
 
+func TestStatusDegraded(t *testing.T) {
+	broken := &fakeClient{status: func([]string) (bus.Status, error) {
+		return bus.Status{Broker: bus.Broker{Kind: "host", Version: "0.1.0", State: "degraded: disk full", Faults: []bus.Fault{
+			{Part: "event-log", Cause: "disk full", Effect: "publishes are refused", Detail: "write /log/1: no \x1b space", Advice: "make room on /log", AgeMS: 61_000},
+			{Part: "vm-streams", Cause: "disk error", Effect: "they wait", Detail: "EIO", Advice: "look at dmesg"},
+		}}}, nil
+	}}
+	run(t, broken, []string{"status"}).want(t, 0, "castrad 0.1.0: degraded: disk full, up 0s\n", "")
+	run(t, broken, []string{"status"}).want(t, 0, `event-log: disk full, since 1min
+      error:  write /log/1: no \u001b space
+      effect: publishes are refused
+      mend:   make room on /log
+vm-streams: disk error, since 0s
+      error:  EIO
+      effect: they wait
+      mend:   look at dmesg
+
+`, "")
+	run(t, broken, []string{"status", "--json"}).want(t, 0, `"faults":[{"part":"event-log","cause":"disk full","effect":"publishes are refused",`, "")
+}
+
 func TestStatusExitCodes(t *testing.T) {
 	for _, c := range []struct {
 		args []string

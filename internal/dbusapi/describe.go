@@ -100,7 +100,9 @@ var descriptions = map[string]string{
   <property name="Version" type="s" access="read">
    <annotation name="org.freedesktop.DBus.Property.EmitsChangedSignal" value="const"/>
   </property>
-  <property name="State" type="s" access="read">
+  <property name="State" type="s" access="read"/>
+  <property name="Faults" type="a(sssss)" access="read"/>
+  <property name="Sync" type="s" access="read">
    <annotation name="org.freedesktop.DBus.Property.EmitsChangedSignal" value="false"/>
   </property>
   <property name="LogDir" type="s" access="read">

@@ -19,7 +19,9 @@ type property[T any] struct {
 
 var managerProperties = []property[bus.Broker]{
 	{"Version", false, func(b *bus.Broker, _ time.Time) any { return text(b.Version) }},
-	{"State", false, func(b *bus.Broker, _ time.Time) any { return text(b.State) }},
+	{"State", true, func(b *bus.Broker, _ time.Time) any { return text(b.State) }},
+	{"Faults", true, func(b *bus.Broker, _ time.Time) any { return faults(b.Faults) }},
+	{"Sync", false, func(b *bus.Broker, _ time.Time) any { return text(b.Sync) }},
 	{"LogDir", false, func(b *bus.Broker, _ time.Time) any { return text(b.LogDir) }},
 	{"StateDir", false, func(b *bus.Broker, _ time.Time) any { return text(b.StateDir) }},
 	{"Listen", false, func(b *bus.Broker, _ time.Time) any { return texts(b.Listen) }},
@@ -51,6 +53,17 @@ func timestamp(ageMS *int64, now time.Time) uint64 {
 		return 0
 	}
 	return uint64(max(0, now.UnixMicro()-*ageMS*1000))
+}
+
+// aFault is a fault on D-Bus, all of it but its age.
+type aFault struct{ Part, Cause, Effect, Detail, Advice string }
+
+func faults(in []bus.Fault) []aFault {
+	out := make([]aFault, len(in))
+	for i, f := range in {
+		out[i] = aFault{text(f.Part), text(f.Cause), text(f.Effect), text(f.Detail), text(f.Advice)}
+	}
+	return out
 }
 
 func texts(in []string) []string {

@@ -3,7 +3,6 @@ package eventlog
 import (
 	"errors"
 	"fmt"
-	"io/fs"
 	"syscall"
 	"time"
 )
@@ -291,7 +290,7 @@ func (c *committer) closeFile() error {
 // that it could not write is unknown, so nothing is ever appended to it again.
 func (l *Log) fail(err error) error {
 	c := &l.c
-	we := &WriteError{Err: err, Full: errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)}
+	we := &WriteError{Err: err, Full: isFull(err)}
 	for _, e := range c.inside {
 		e.Err = we
 	}
@@ -306,19 +305,8 @@ func (l *Log) fail(err error) error {
 	c.failures++
 	c.lastError = we
 	c.retryTimer.Reset(retryInterval)
-	l.setState(State{Degraded: degradedWord(we), Err: we})
+	l.setState(State{Degraded: Cause(we), Err: we})
 	return we
-}
-
-func degradedWord(e *WriteError) string {
-	switch {
-	case e.Full:
-		return "disk full"
-	case errors.Is(e.Err, syscall.EROFS), errors.Is(e.Err, fs.ErrPermission):
-		return "disk read-only"
-	default:
-		return "disk error"
-	}
 }
 
 // writable makes sure that there is a segment to write to. After one failure

@@ -98,7 +98,7 @@ type Options struct {
 
 // State tells how the log is.
 type State struct {
-	// Degraded says in a few words what is wrong; empty: all is well.
+	// Degraded is the [Cause] of what is wrong; empty: all is well.
 	Degraded string
 	Err      error
 }

@@ -32,6 +32,7 @@ func (a *Agent) Status(vms []string) bus.Status {
 			Kind:       "guest",
 			Version:    a.opts.Version,
 			State:      "connecting",
+			Faults:     []bus.Fault{},
 			PID:        os.Getpid(),
 			UptimeMS:   time.Since(a.started).Milliseconds(),
 			Listen:     []string{link.address},

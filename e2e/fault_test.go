@@ -252,11 +252,11 @@ func TestFaultRotation(t *testing.T) {
 	f.recovers("storage-full")
 }
 
-// mount mounts something on the lab's directory log, until the test ends.
-func (l *lab) mount(args ...string) {
+// mount mounts something on a directory of the lab's, until the test ends.
+func (l *lab) mount(dir string, args ...string) {
 	l.Helper()
-	l.root(append(append([]string{"mount"}, args...), l.path("log"))...)
-	l.Cleanup(func() { _ = command(sudo("umount", "--lazy", l.path("log"))...).Run() })
+	l.root(append(append([]string{"mount"}, args...), l.path(dir))...)
+	l.Cleanup(func() { _ = command(sudo("umount", "--lazy", l.path(dir))...).Run() })
 }
 
 // root runs a command as root.
@@ -277,9 +277,9 @@ func (l *lab) mountSmall(inodes int) {
 	l.root("truncate", "--size=64M", l.path("disk"))
 	l.root("mkfs.ext4", "-q", "-m", "0", "-N", fmt.Sprint(inodes), l.path("disk"))
 	if exec.Command("losetup", "--find").Run() == nil {
-		l.mount("-o", "loop", l.path("disk"))
+		l.mount("log", "-o", "loop", l.path("disk"))
 	} else {
-		l.mount("-t", "tmpfs", "-o", fmt.Sprintf("size=64m,nr_inodes=%d", inodes), "none")
+		l.mount("log", "-t", "tmpfs", "-o", fmt.Sprintf("size=64m,nr_inodes=%d", inodes), "none")
 	}
 	l.root("chmod", "0777", l.path("log"))
 	// castrad's own files have no room either.
@@ -376,8 +376,7 @@ func (l *lab) readOnly(dir string) (end func()) {
 	l.root("mount", "--bind", l.path(dir), view)
 	l.Cleanup(func() { _ = command(sudo("umount", "--lazy", view)...).Run() })
 	l.root("mount", "-o", "remount,bind,ro", view)
-	l.root("mount", "--bind", view, l.path(dir))
-	l.Cleanup(func() { _ = command(sudo("umount", "--lazy", l.path(dir))...).Run() })
+	l.mount(dir, "--bind", view)
 	return func() { l.root("umount", l.path(dir)) }
 }
 

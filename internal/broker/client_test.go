@@ -127,7 +127,11 @@ func (g *guest) send(frames ...string) {
 // next gives the next frame, or the error in parentheses.
 func (g *guest) next() string {
 	g.t.Helper()
-	f, err := wire.ReadFrame(g.r, nil)
+	err := g.conn.SetDeadline(time.Now().Add(hang)) // of each wait: a long test may take longer
+	var f []byte
+	if err == nil {
+		f, err = wire.ReadFrame(g.r, nil)
+	}
 	if err != nil {
 		return fmt.Sprintf("(%v)", err)
 	}

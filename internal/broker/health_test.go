@@ -7,6 +7,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/sirupsen/logrus"
 	"github.com/sirupsen/logrus/hooks/test"
@@ -22,11 +23,12 @@ func TestFaults(t *testing.T) {
 	o.Log = log
 	b := start(t, o)
 	told := make(chan bus.Status, 64) // more than there are changes
-	defer b.Watch(func(vm bus.VM, _ bool) {
+	unwatch := b.Watch(func(vm bus.VM, _ bool) {
 		if vm.VM == "" {
 			told <- b.Status([]string{""})
 		}
-	})()
+	})
+	defer unwatch()
 	file := o.LogDir + "/bus/vm/web1/1.jsonl"
 	at := func(errno syscall.Errno) error {
 		return fmt.Errorf("writing: %w", &fs.PathError{Op: "write", Path: file, Err: errno})
@@ -47,7 +49,7 @@ func TestFaults(t *testing.T) {
 		hook.Reset()
 		b.note(c.part, c.err)
 		b.note(c.part, c.err) // told once
-		st := <-told
+		st := toldOf(t, told)
 		if b := st.Broker; b.State != c.state || len(b.Faults) != 1 || b.Faults[0].Cause != c.cause || b.Faults[0].Part != partWords[c.part].name ||
 			b.Faults[0].Detail != c.err.Error() || !strings.Contains(b.Faults[0].Advice, c.mend) {
 			t.Errorf("%v: %+v; want %q and %q", c.err, b, c.state, c.mend)
@@ -56,7 +58,7 @@ func TestFaults(t *testing.T) {
 			t.Errorf("%v: the journal has %d lines, the last: %q", c.err, n, hook.LastEntry().Message)
 		}
 		b.note(c.part, nil)
-		if st := <-told; st.Broker.State != "running" || len(st.Broker.Faults) != 0 {
+		if st := toldOf(t, told); st.Broker.State != "running" || len(st.Broker.Faults) != 0 {
 			t.Errorf("mended: %+v", st.Broker)
 		}
 	}
@@ -69,5 +71,16 @@ func TestFaults(t *testing.T) {
 	b.note(partLog, nil)
 	if st := b.State(); st != "degraded: cursors: disk full" {
 		t.Errorf("one of the two is mended: %s", st)
+	}
+}
+
+func toldOf(t *testing.T, told <-chan bus.Status) bus.Status {
+	t.Helper()
+	select {
+	case st := <-told:
+		return st
+	case <-time.After(hang):
+		t.Fatal("nobody is told")
+		return bus.Status{}
 	}
 }

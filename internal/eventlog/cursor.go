@@ -55,6 +55,10 @@ func (c *cursor) read(rec *Record) error {
 				return err
 			}
 		}
+		if c.ended() {
+			c.closeFile()
+			continue
+		}
 		line, err := c.line()
 		if errors.Is(err, io.EOF) {
 			if c.until == 0 { // the newest segment: more may come
@@ -72,8 +76,6 @@ func (c *cursor) read(rec *Record) error {
 			continue
 		}
 		if c.until != 0 && rec.Seq >= c.until {
-			// Left over from a write that failed and could not be cut back:
-			// the segment behind holds what was acknowledged under this number.
 			c.next = max(c.next, c.until)
 			c.closeFile()
 			continue
@@ -86,9 +88,14 @@ func (c *cursor) read(rec *Record) error {
 	}
 }
 
+// ended tells whether what is left of the open segment is void: left over from a
+// write that failed and could not be cut back. The segment behind it holds what
+// was acknowledged under those numbers.
+func (c *cursor) ended() bool { return c.until != 0 && c.next >= c.until }
+
 // markDamaged notes that the n bytes just consumed were no record.
 func (c *cursor) markDamaged(n int) {
-	if !c.damaged {
+	if !c.damaged && !c.ended() {
 		c.damaged = true
 		c.damagedAt = Damage{File: c.st.path(c.first), Offset: c.off - int64(c.end-c.begin) - int64(n)}
 	}

@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"sort"
 )
 
 const (
@@ -23,7 +24,8 @@ const (
 
 	idHash  = 16         // bytes of an id's SHA-256 that stand for it
 	idEntry = idHash + 8 // of the file: the hash, then seq, big-endian
-	idFile  = 2 * idWindow * idEntry
+
+	idSuffix = ".ids"
 )
 
 type idKey [idHash]byte
@@ -35,6 +37,7 @@ type idIndex struct {
 	fs      FS
 	dir     string
 	written func() uint64 // records up to here are in the files
+	window  int           // see idWindow
 
 	tables map[string]*idTable
 	used   list.List // of *idTable, most recently used first
@@ -60,7 +63,7 @@ type idAdded struct {
 }
 
 func newIDIndex(fsys FS, dir string, written func() uint64) *idIndex {
-	return &idIndex{fs: fsys, dir: dir, written: written, tables: make(map[string]*idTable)}
+	return &idIndex{fs: fsys, dir: dir, written: written, window: idWindow, tables: make(map[string]*idTable)}
 }
 
 func hashID(id []byte) idKey {
@@ -90,7 +93,7 @@ func (x *idIndex) lookup(vm string, id []byte) (uint64, error) {
 
 // add remembers the id of the last lookup under seq until rollback or commit.
 func (x *idIndex) add(seq uint64) {
-	x.count += x.looked.add(x.key, seq)
+	x.count += x.looked.add(x.key, seq, 2*x.window)
 	x.pending = append(x.pending, idAdded{x.looked, x.key})
 }
 
@@ -107,10 +110,10 @@ func (x *idIndex) rollback() {
 }
 
 // add remembers key and gives by how much the table grew.
-func (t *idTable) add(key idKey, seq uint64) int {
+func (t *idTable) add(key idKey, seq uint64, limit int) int {
 	t.last = max(t.last, seq)
 	t.seqs[key] = seq
-	if len(t.order) < 2*idWindow {
+	if len(t.order) < limit {
 		t.order = append(t.order, key)
 		return 1
 	}
@@ -134,20 +137,28 @@ func (x *idIndex) evict() {
 	}
 }
 
-func (x *idIndex) path(vm string) string { return filepath.Join(x.dir, vm+".ids") }
+func (x *idIndex) path(vm string) string { return filepath.Join(x.dir, vm+idSuffix) }
 
 // load reads a VM's file; none is an empty table.
 func (x *idIndex) load(vm string) (*idTable, error) {
 	t := &idTable{vm: vm, seqs: make(map[idKey]uint64)}
 	data, err := readIDs(x.fs, x.path(vm))
 	for ; len(data) > 0; data = data[idEntry:] {
-		t.add(idKey(data), binary.BigEndian.Uint64(data[idHash:]))
+		t.add(idKey(data), binary.BigEndian.Uint64(data[idHash:]), 2*x.window)
 	}
 	return t, err
 }
 
-// readIDs gives the whole entries of an id file whose numbers rise: a power
-// cut may leave anything behind the last one that was synced.
+// endOfIDs gives where the newest entry of at most upTo ends in a file of ids.
+func endOfIDs(f File, size int64, upTo uint64) (int64, error) {
+	data, err := risingIDs(f, size)
+	n := sort.Search(len(data)/idEntry, func(i int) bool {
+		return binary.BigEndian.Uint64(data[i*idEntry+idHash:]) > upTo
+	})
+	return int64(n * idEntry), err
+}
+
+// readIDs gives the entries of an id file; no file has none.
 func readIDs(fsys FS, path string) ([]byte, error) {
 	f, err := fsys.OpenFile(path, os.O_RDONLY, 0)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -161,6 +172,12 @@ func readIDs(fsys FS, path string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
+	return risingIDs(f, size)
+}
+
+// risingIDs gives the whole entries of an id file whose numbers rise: a power
+// cut may leave anything behind the last one that was synced.
+func risingIDs(f File, size int64) ([]byte, error) {
 	data := make([]byte, size-size%idEntry)
 	if n, err := f.ReadAt(data, 0); err != nil && !errors.Is(err, io.EOF) {
 		return nil, err

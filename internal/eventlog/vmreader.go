@@ -14,6 +14,7 @@ type vmReader struct {
 	cursor cursor
 	until  uint64
 	begins uint64 // the first number that the stream can have
+	resets uint64 // of the copying, when it was made
 	ahead  Record
 	has    bool
 }
@@ -22,6 +23,10 @@ type vmReader struct {
 // and whatever else was committed lately: older records come from the VM's own
 // stream, which other VMs' traffic does not push out.
 func (l *Log) NewVMReader(vm string, seq uint64) (*Reader, error) {
+	var resets uint64
+	if l.perVM != nil {
+		resets = l.perVM.resets.Load()
+	}
 	st, position, err := l.vmStream(vm)
 	if err != nil {
 		return nil, err
@@ -37,7 +42,7 @@ func (l *Log) NewVMReader(vm string, seq uint64) (*Reader, error) {
 	if oldest == 0 || oldest > seq && seq >= l.Oldest() {
 		return r, nil
 	}
-	r.vm = &vmReader{cursor: cursor{st: st, next: seq}, until: position, begins: oldest}
+	r.vm = &vmReader{cursor: cursor{st: st, next: seq}, until: position, begins: oldest, resets: resets}
 	return r, nil
 }
 
@@ -49,10 +54,7 @@ func (l *Log) vmStream(vm string) (*stream, uint64, error) {
 		return nil, 0, nil
 	}
 	position := p.position.Load()
-	p.mu.Lock()
-	s := p.streams[vm]
-	p.mu.Unlock()
-	if s != nil {
+	if s := p.known(vm); s != nil {
 		return &s.st, position, nil
 	}
 	st := &stream{fs: l.opts.FS, dir: filepath.Join(p.opts.Dir, vm)}
@@ -76,6 +78,12 @@ func (r *Reader) fromVM(rec *Record) (bool, error) {
 		return false, gap
 	}
 	err := v.cursor.read(rec)
+	if r.log.perVM.resets.Load() != v.resets {
+		// The files are being written anew: the host stream has what is there.
+		v.cursor.close()
+		r.vm = nil
+		return false, nil
+	}
 	damaged := v.cursor.damaged
 	if damaged && r.log.opts.OnDamage != nil {
 		r.log.opts.OnDamage(v.cursor.damagedAt)

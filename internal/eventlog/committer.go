@@ -112,7 +112,7 @@ drain:
 			e := &b.Entries[i]
 			e.Seq, e.Duplicate, e.Err = 0, false, nil
 			if err == nil {
-				err = l.add(e, when, now)
+				err = l.add(b, e, when, now)
 			}
 			if err != nil {
 				e.Err = err
@@ -124,6 +124,9 @@ drain:
 	}
 	c.chunk = nil
 	for i, b := range c.group {
+		if len(b.tables) > 0 {
+			l.perVM.ids.release(b)
+		}
 		b.done <- struct{}{}
 		c.group[i] = nil // not to keep a publisher's buffers alive
 	}
@@ -148,10 +151,10 @@ func (l *Log) begin(size int) {
 
 // add appends e's line to the chunk, flushing it first where the line belongs
 // to another segment. An error refuses e and the whole chunk.
-func (l *Log) add(e *Entry, when string, now time.Time) error {
+func (l *Log) add(b *Batch, e *Entry, when string, now time.Time) error {
 	c := &l.c
 	if l.perVM != nil && len(e.ID) > 0 {
-		seq, err := l.perVM.ids.lookup(e.VM, e.ID)
+		seq, err := l.perVM.ids.lookup(b, e)
 		if err != nil {
 			e.Err = &WriteError{Err: err}
 			return nil //nolint:nilerr // it is this VM's alone: the log itself is well

@@ -2,6 +2,7 @@ package eventlog
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"maps"
 	"path/filepath"
@@ -18,7 +19,7 @@ func (c *crashLife) noteTail() {
 	c.tail, c.tailFile, c.tailSafe = nil, "", false
 	for name, n := range node.names {
 		if _, ok := segmentFirst(name); ok && name > c.tailFile {
-			c.tailFile, c.tail, c.tailSafe = name, bytes.Clone(n.data), len(n.pending) == 0
+			c.tailFile, c.tail, c.tailSafe = name, bytes.Clone(n.data), bytes.Equal(n.data, n.durable)
 		}
 	}
 }
@@ -174,11 +175,21 @@ func (c *crashLife) checkIDs(l *Log) {
 			if want > 0 && want < since[0] {
 				continue // it may be forgotten
 			}
-			if got, err := l.perVM.ids.lookup(vm, []byte(id)); err != nil || got != want {
+			if got, err := lookup(l, vm, id); err != nil || got != want {
 				c.violated("the id %s of %s is record %d, and is looked up as %d (%v)", id, vm, want, got, err)
 			}
 		}
 	}
+}
+
+// lookup gives the number that an id is known under, 0 if it is not.
+func lookup(l *Log, vm, id string) (uint64, error) {
+	b := &Batch{Entries: []Entry{{VM: vm, ID: []byte(id)}}}
+	if err := l.perVM.ids.acquire(context.Background(), b); err != nil {
+		return 0, err
+	}
+	defer l.perVM.ids.release(b)
+	return l.perVM.ids.lookup(b, &b.Entries[0])
 }
 
 // checkVM compares a VM's stream with all that the host stream ever had for it.

@@ -2,6 +2,7 @@ package eventlog
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"maps"
@@ -226,8 +227,13 @@ func (c *crashLife) publish(l *Log) {
 		}
 		batches = append(batches, b)
 	}
-	for _, b := range batches[1:] {
-		l.queue <- b
+	for _, b := range batches {
+		if err := l.perVM.ids.acquire(context.Background(), b); err != nil {
+			c.violated("ids: %v", err)
+		}
+		if b != batches[0] {
+			l.queue <- b
+		}
 	}
 	faults := c.faults
 	l.commit(batches[0])

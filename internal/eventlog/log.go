@@ -55,6 +55,8 @@ type Batch struct {
 	Entries []Entry
 	// done has room for one token, so that the committer never waits.
 	done chan struct{}
+	// tables are those of the ids in Entries, while the log has the batch.
+	tables []*idTable
 }
 
 // Done is closed by nobody: it gives one token when the log is done with a batch
@@ -226,6 +228,20 @@ func (l *Log) enqueue(ctx context.Context, b *Batch, gate *stallGate) error {
 	if gate.shut() {
 		return ErrNotQueued
 	}
+	if l.perVM == nil {
+		return l.offer(ctx, b, gate)
+	}
+	if err := l.perVM.ids.acquire(ctx, b); err != nil {
+		return err
+	}
+	err := l.offer(ctx, b, gate)
+	if err != nil {
+		l.perVM.ids.release(b)
+	}
+	return err
+}
+
+func (l *Log) offer(ctx context.Context, b *Batch, gate *stallGate) error {
 	select {
 	case l.queue <- b:
 		return nil

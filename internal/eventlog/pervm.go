@@ -48,6 +48,7 @@ type perVM struct {
 	ids  *idIndex // the committer's
 
 	position atomic.Uint64 // records up to here are in the files
+	furthest atomic.Uint64 // the largest that position has been
 	saved    atomic.Uint64 // the position on disk is at least this
 	resets   atomic.Uint64 // how often position has gone back
 	wanted   atomic.Bool   // a checkpoint, soon
@@ -76,7 +77,7 @@ func openPerVM(l *Log, opts PerVMOptions) (*perVM, error) {
 		wake: make(chan struct{}, 1), quit: make(chan struct{}), done: make(chan struct{}),
 		streams: make(map[string]*vmStream),
 	}
-	p.ids = newIDIndex(l.opts.FS, opts.IDDir, p.position.Load)
+	p.ids = newIDIndex(l.opts.FS, opts.IDDir, l.opts.StallAfter, p.filesHold)
 	if opts.idWindow > 0 {
 		p.ids.window = opts.idWindow
 	}
@@ -240,12 +241,26 @@ func (p *perVM) copyNew() (err error) {
 			if err := p.flush(); err != nil {
 				return err
 			}
-			p.position.Store(r.Position() - 1)
+			p.advance(r.Position() - 1)
 		}
 		if !ok {
 			return nil
 		}
 	}
+}
+
+// advance notes that the files hold the records up to position.
+func (p *perVM) advance(position uint64) {
+	p.position.Store(position)
+	p.furthest.Store(max(position, p.furthest.Load()))
+	p.ids.advanced()
+}
+
+// filesHold tells up to which record the files hold all, and whether they have
+// ever gone further.
+func (p *perVM) filesHold() (upTo uint64, whole bool) {
+	upTo = p.position.Load()
+	return upTo, upTo >= p.furthest.Load()
 }
 
 func (p *perVM) put(rec *Record) error {

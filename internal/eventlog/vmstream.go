@@ -276,11 +276,10 @@ func (s *vmStream) flushIDs() error {
 	}
 	fsys, path, window := s.st.fs, s.p.ids.path(s.vm), int64(s.p.ids.window*idEntry)
 	if s.idSize+int64(len(s.ids)) > 2*window {
-		all, err := readIDs(fsys, path)
+		keep, err := readIDs(fsys, path, s.p.ids.window)
 		if err != nil {
 			return err
 		}
-		keep := all[max(0, int64(len(all))-window):]
 		if err := replaceFile(fsys, path, keep); err != nil {
 			return fmt.Errorf("shortening the ids of %s: %w", s.vm, err)
 		}

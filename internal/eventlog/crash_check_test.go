@@ -137,7 +137,7 @@ func (c *crashLife) checkHost(l *Log) {
 
 // see takes in a record that the log has given.
 func (c *crashLife) see(rec *Record) {
-	what, payload := describe(rec), string(rec.Payload)
+	what := describe(rec)
 	switch {
 	case rec.Seq < uint64(len(c.known)):
 		if c.known[rec.Seq] != what {
@@ -145,7 +145,7 @@ func (c *crashLife) see(rec *Record) {
 		}
 	case rec.Seq > uint64(len(c.known)):
 		c.violated("record %d follows %d", rec.Seq, len(c.known)-1)
-	case c.unknown[payload] != what:
+	case c.unknown[string(rec.Payload)] != what:
 		c.violated("record %d, %q, was not to be there", rec.Seq, what)
 	default:
 		c.know(what)

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -140,7 +141,8 @@ func TestRetryWhileCommitting(t *testing.T) {
 	for range cap(seqs) {
 		work.Go(func() { seqs <- publish(t, l, "web1", "t", "x", "1") })
 	}
-	for l.Writing() == 0 { // the first is in its sync; the others queue behind it
+	for l.Writing() == 0 { // until the first is in its sync; the others queue behind it
+		runtime.Gosched()
 	}
 	close(slow.gate)
 	work.Wait()

@@ -69,13 +69,16 @@ type perVM struct {
 	synced   uint64   // records up to here are durably in the files; may be beyond saved
 	lost     bool     // a sync has failed since then
 	failed   bool
+
+	unswept []string  // VMs whose streams this round has still to look at
+	quiet   time.Time // streams not known have not been written to since
 }
 
 func openPerVM(l *Log, opts PerVMOptions) (*perVM, error) {
 	p := &perVM{
 		log: l, opts: opts,
 		wake: make(chan struct{}, 1), quit: make(chan struct{}), done: make(chan struct{}),
-		streams: make(map[string]*vmStream),
+		streams: make(map[string]*vmStream), quiet: l.startedAt,
 	}
 	p.ids = newIDIndex(l.opts.FS, opts.IDDir, l.opts.StallAfter, p.filesHold)
 	if opts.idWindow > 0 {
@@ -157,6 +160,7 @@ func (p *perVM) run() {
 	defer close(p.done)
 	checkpoint := stoppedTimer()
 	retry := stoppedTimer()
+	sweep := time.NewTimer(0)
 	armed := false
 	for {
 		select {
@@ -165,6 +169,13 @@ func (p *perVM) run() {
 		case <-checkpoint.C:
 			armed = false
 			p.note(p.checkpoint(), retry)
+			continue
+		case <-sweep.C:
+			next, err := p.sweep()
+			if err != nil && p.log.opts.OnError != nil {
+				p.log.opts.OnError(err)
+			}
+			sweep.Reset(next)
 			continue
 		case <-p.quit:
 			return
@@ -233,6 +244,7 @@ func (p *perVM) copyNew() (err error) {
 			return err
 		}
 		if ok {
+			p.since += int64(len(rec.Line))
 			if err := p.put(&rec); err != nil {
 				return err
 			}
@@ -312,7 +324,6 @@ func (p *perVM) append(s *vmStream, rec *Record) error {
 	p.fill(s)
 	s.buf = append(append(s.buf, rec.Line...), '\n')
 	p.buffered += n
-	p.since += int64(n)
 	return nil
 }
 
@@ -356,6 +367,7 @@ func (p *perVM) written(s *vmStream) {
 
 // forget drops what is buffered and known of the files, after an error.
 func (p *perVM) forget() {
+	p.quiet = time.Now()
 	if p.lost {
 		p.lost = false
 		p.unsynced = nil

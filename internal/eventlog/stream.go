@@ -39,6 +39,9 @@ type stream struct {
 	mu   sync.RWMutex
 	segs []segment
 
+	// private: it is a reader's own list, of a stream that nobody was writing.
+	private bool
+
 	// unsynced: names were made or removed since the directory was last synced,
 	// or may have been by a run that was killed. It is the writer's.
 	unsynced bool
@@ -186,6 +189,14 @@ func (s *stream) oldest() uint64 {
 		return 0
 	}
 	return s.segs[0].first
+}
+
+// expiredBefore tells whether the segment that begins with first has expired.
+func (s *stream) expiredBefore(first uint64) bool {
+	if s.private {
+		_ = s.load() // the list stays as it was, and the caller tells of the file
+	}
+	return s.oldest() > first
 }
 
 // retention says which segments may go.

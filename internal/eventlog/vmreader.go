@@ -57,7 +57,7 @@ func (l *Log) vmStream(vm string) (*stream, uint64, error) {
 	if s := p.known(vm); s != nil {
 		return &s.st, position, nil
 	}
-	st := &stream{fs: l.opts.FS, dir: filepath.Join(p.opts.Dir, vm)}
+	st := &stream{fs: l.opts.FS, dir: filepath.Join(p.opts.Dir, vm), private: true}
 	if err := st.load(); err != nil {
 		return nil, 0, fmt.Errorf("opening the stream of %s: %w", vm, err)
 	}
@@ -74,7 +74,7 @@ func (r *Reader) fromVM(rec *Record) (bool, error) {
 	}
 	if v.begins > r.next {
 		gap := &Gap{From: r.next, To: v.begins - 1}
-		r.next = v.begins
+		r.next, v.cursor.next = v.begins, v.begins
 		return false, gap
 	}
 	err := v.cursor.read(rec)
@@ -96,13 +96,13 @@ func (r *Reader) fromVM(rec *Record) (bool, error) {
 		v.cursor.close()
 		r.vm = nil
 		r.next = v.until + 1
-		if damaged {
+		if damaged || v.cursor.expired {
 			return false, &Gap{From: from, To: v.until}
 		}
 		return false, nil
 	}
 	r.next = rec.Seq + 1
-	if damaged && rec.Seq > from {
+	if (damaged || v.cursor.expired) && rec.Seq > from {
 		v.ahead, v.has = *rec, true
 		return false, &Gap{From: from, To: rec.Seq - 1}
 	}

@@ -15,7 +15,7 @@ import (
 type FS interface {
 	OpenFile(name string, flag int, perm fs.FileMode) (File, error)
 	ReadDir(dir string) ([]fs.DirEntry, error)
-	MkdirAll(dir string, perm fs.FileMode) error
+	Mkdir(dir string, perm fs.FileMode) error
 	Rename(from, to string) error
 	Remove(name string) error
 	// SyncDir makes the creations, renames and removals in dir durable.
@@ -51,10 +51,10 @@ func (osFS) OpenFile(name string, flag int, perm fs.FileMode) (File, error) {
 	return osFile{f}, nil
 }
 
-func (osFS) ReadDir(dir string) ([]fs.DirEntry, error)   { return os.ReadDir(dir) }
-func (osFS) MkdirAll(dir string, perm fs.FileMode) error { return os.MkdirAll(dir, perm) }
-func (osFS) Rename(from, to string) error                { return os.Rename(from, to) }
-func (osFS) Remove(name string) error                    { return os.Remove(name) }
+func (osFS) ReadDir(dir string) ([]fs.DirEntry, error) { return os.ReadDir(dir) }
+func (osFS) Mkdir(dir string, perm fs.FileMode) error  { return os.Mkdir(dir, perm) }
+func (osFS) Rename(from, to string) error              { return os.Rename(from, to) }
+func (osFS) Remove(name string) error                  { return os.Remove(name) }
 
 func (osFS) SyncDir(dir string) error {
 	d, err := os.Open(filepath.Clean(dir))
@@ -103,4 +103,47 @@ func (f osFile) control(op string, call func(fd int) error) error {
 		return &fs.PathError{Op: op, Path: f.Name(), Err: callErr}
 	}
 	return err
+}
+
+// makeDir makes dir and those above it that are missing, durably: each one's
+// name is synced before anything is made in it, so that of those that are there
+// only the last one's may not be.
+func makeDir(fsys FS, dir string) error {
+	parent := filepath.Dir(dir)
+	d, err := fsys.OpenFile(dir, os.O_RDONLY, 0)
+	existed := err == nil
+	if existed {
+		err = d.Close()
+	} else if errors.Is(err, fs.ErrNotExist) && parent != dir {
+		if err = makeDir(fsys, parent); err == nil {
+			err = fsys.Mkdir(dir, dirPerm)
+		}
+	}
+	if err != nil {
+		return err
+	}
+	// Also where it was there: whoever made it may have been killed before this.
+	err = fsys.SyncDir(parent)
+	if existed && errors.Is(err, fs.ErrPermission) {
+		return nil // who made it may read its parent, so it was not us
+	}
+	return err
+}
+
+// replaceFile gives path the contents data, whole or not at all. Until its
+// directory is synced a power cut may bring the old contents back.
+func replaceFile(fsys FS, path string, data []byte) error {
+	tmp := path + ".tmp"
+	f, err := fsys.OpenFile(tmp, os.O_RDWR|os.O_CREATE|os.O_TRUNC, filePerm)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteAt(data, 0)
+	if err == nil {
+		err = f.Sync() // or the new name may come to stand for an empty file
+	}
+	if err = errors.Join(err, f.Close()); err != nil {
+		return err
+	}
+	return fsys.Rename(tmp, path)
 }

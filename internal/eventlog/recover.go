@@ -61,6 +61,10 @@ func (l *Log) recover() (*Recovery, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("recovering %s: %w", path, err), f.Close())
 	}
+	// Nor may its name get lost, if it was killed between making and syncing it.
+	if err := l.stream.syncDir(); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
 	l.stream.grown(t.end, seg.modified)
 	l.c.file, l.c.size, l.c.reserved, l.c.next = f, t.end, t.end, t.last+1
 	l.committed.Store(t.last)
@@ -92,7 +96,7 @@ func scanTail(f File, size int64, first uint64) (tail, error) {
 			doubt.at, doubt.back = off, t
 		}
 	}
-	err := eachLine(f, size, func(off int64, line []byte, whole bool) {
+	err := eachLine(f, 0, size, func(off int64, line []byte, whole bool) {
 		var rec Record
 		if !whole || parseRecord(line, &rec, true) != nil || rec.Seq <= t.last {
 			suspect(off)
@@ -113,11 +117,11 @@ func scanTail(f File, size int64, first uint64) (tail, error) {
 	return t, err
 }
 
-// eachLine calls fn for every line of the file's first size bytes, without its
-// newline; whole is false for a last line that has none, and for a piece of
-// one longer than any record.
-func eachLine(f File, size int64, fn func(off int64, line []byte, whole bool)) error {
-	c := &cursor{st: &stream{}, f: f, limit: size, until: ^uint64(0)}
+// eachLine calls fn for every line from the offset from, where one begins, to
+// size, without its newline; whole is false for a last line that has none, and
+// for a piece of one longer than any record.
+func eachLine(f File, from, size int64, fn func(off int64, line []byte, whole bool)) error {
+	c := &cursor{st: &stream{}, f: f, off: from, limit: size, until: ^uint64(0)}
 	c.buf = buffers.Get().(*[]byte)
 	defer buffers.Put(c.buf)
 	for {

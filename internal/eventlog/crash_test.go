@@ -258,15 +258,16 @@ func (c *crashLife) publish(l *Log) {
 			}
 		}
 	}
+	// What was refused is not stored, unless the disk would not even let it be cut
+	// off again: then it is open until something else is stored.
+	open := faults > 1 && len(refused) > 0
 	for _, payload := range refused {
-		// What was refused is not stored, unless the disk would not even let it
-		// be cut off again: then it is open until something else is stored.
-		if faults < 2 || len(c.known) > before {
+		if !open {
 			c.never[payload] = c.unknown[payload]
 			delete(c.unknown, payload)
 		}
 	}
-	if len(c.known) > before {
+	if len(c.known) > before && !open {
 		for payload, what := range c.unknown {
 			c.never[payload] = what
 		}

@@ -53,9 +53,13 @@ func (l *Log) recover() (*Recovery, error) {
 			rec.Cut, err = l.cut(f, path, t.end, seg.size)
 		}
 	}
+	// What a killed daemon wrote but had not synced is read back as if it were on
+	// disk; it must be before anybody is told of it. It is written again, because
+	// its sync may have failed: then no other writes it (see File.Sync).
 	if err == nil {
-		// What a killed daemon wrote but had not synced is read back as if it
-		// were on disk; it must be before anybody is told of it.
+		err = rewrite(f, t.sure, t.end)
+	}
+	if err == nil {
 		err = f.Sync()
 	}
 	if err != nil {
@@ -77,6 +81,7 @@ func (l *Log) recover() (*Recovery, error) {
 type tail struct {
 	last    uint64  // the newest record to keep
 	end     int64   // where it ends
+	sure    int64   // a mark says that what is before this is durable
 	damaged []int64 // offsets of lines before it that are no records
 }
 
@@ -108,6 +113,9 @@ func scanTail(f File, size int64, first uint64) (tail, error) {
 		if doubt.at >= 0 && rec.Synced > doubt.back.last {
 			t.damaged = append(t.damaged, doubt.at)
 			doubt.at = -1
+		}
+		if rec.Synced == rec.Seq-1 {
+			t.sure = off
 		}
 		t.last, t.end = rec.Seq, off+int64(len(line))+1
 	})
@@ -170,6 +178,23 @@ func (l *Log) cut(f File, path string, end, size int64) (*Cut, error) {
 		return nil, err
 	}
 	return &Cut{Damage: Damage{File: path, Offset: end}, Bytes: size - end, Aside: name}, nil
+}
+
+// rewrite writes the file's bytes from one offset to another over themselves.
+func rewrite(f File, from, to int64) error {
+	bufp := buffers.Get().(*[]byte)
+	defer buffers.Put(bufp)
+	for from < to {
+		n, err := f.ReadAt((*bufp)[:min(int64(len(*bufp)), to-from)], from)
+		if n == 0 {
+			return err
+		}
+		if _, err := f.WriteAt((*bufp)[:n], from); err != nil {
+			return err
+		}
+		from += int64(n)
+	}
+	return nil
 }
 
 func (l *Log) createAside(path string) (File, string, error) {

@@ -5,6 +5,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -17,6 +18,7 @@ import (
 type box struct {
 	*outbox
 	t     *testing.T
+	tells sync.Mutex // guards told, where others than the test's goroutine tell
 	told  map[string]result
 	given []string // ids of records lost
 }
@@ -32,6 +34,8 @@ func (b *box) publish(ids ...string) {
 	b.t.Helper()
 	for _, id := range ids {
 		err := b.put(Record{Topic: "t", ID: id, Payload: []byte("1")}, func(r result) {
+			b.tells.Lock()
+			defer b.tells.Unlock()
 			if _, again := b.told[id]; again {
 				b.t.Errorf("%s was told twice", id)
 			}

@@ -109,29 +109,23 @@ const (
 // put waits for it, at most storePatience.
 func (o *outbox) put(r Record, done func(result)) error {
 	it := &spooled{Record: r, cost: cost(&r), since: time.Now(), done: done}
-	var patience *time.Timer
 	o.mu.Lock()
-	for {
-		wait, err := o.admit(it)
+	for wait := true; wait; {
+		var err error
+		wait, err = o.admit(it)
+		if err == nil && wait {
+			room := o.room
+			o.mu.Unlock()
+			within(time.Until(it.since.Add(storePatience)), room)
+			o.mu.Lock()
+			if time.Since(it.since) >= storePatience {
+				err = errStoreStalled()
+			}
+		}
 		if err != nil {
 			o.mu.Unlock()
 			return err
 		}
-		if !wait {
-			break
-		}
-		room := o.room
-		o.mu.Unlock()
-		if patience == nil {
-			patience = time.NewTimer(storePatience)
-			defer patience.Stop()
-		}
-		select {
-		case <-room:
-		case <-patience.C:
-			return errStoreStalled()
-		}
-		o.mu.Lock()
 	}
 	var tell func(result)
 	if o.disk == nil && !o.live {

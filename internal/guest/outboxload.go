@@ -1,6 +1,7 @@
 package guest
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -113,10 +114,14 @@ func (o *outbox) fill(ctx context.Context, r *eventlog.Reader) error {
 	return nil
 }
 
-// fromLine copies a record out of the log.
+// fromLine takes a record out of the log. Its payload is valid as long as rec.
 func fromLine(rec *eventlog.Record) Record {
-	r := Record{Topic: string(rec.Topic), Reply: string(rec.Reply), Payload: append([]byte(nil), rec.Payload...)}
-	_ = json.Unmarshal(rec.ID, &r.ID) // its checksum is right, so it is what was written
+	r := Record{Topic: string(rec.Topic), Reply: string(rec.Reply), Payload: rec.Payload}
+	if bytes.IndexByte(rec.ID, '\\') < 0 {
+		r.ID = string(bytes.Trim(rec.ID, `"`))
+	} else {
+		_ = json.Unmarshal(rec.ID, &r.ID) // its checksum is right, so it is what was written
+	}
 	return r
 }
 
@@ -125,6 +130,7 @@ func fromLine(rec *eventlog.Record) Record {
 func (o *outbox) loaded(seq uint64, r Record) (more bool) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
+	r.Payload = bytes.Clone(r.Payload)
 	it := &spooled{Record: r, cost: cost(&r), seq: seq}
 	o.backlog.pass(seq, it.cost)
 	o.push(it)

@@ -89,25 +89,30 @@ type Status struct {
 
 // Broker describes the daemon that answered.
 type Broker struct {
-	Kind        string   `json:"kind"` // "host" (castrad) or "guest" (castra-guestd)
-	Version     string   `json:"version"`
-	State       string   `json:"state"`  // "running", "degraded: <why>", "stopping"; guest: also "connecting", "refused: <why>"
-	Faults      []Fault  `json:"faults"` // all that makes it degraded, the worst first; empty: nothing does
-	PID         int      `json:"pid"`
-	UptimeMS    int64    `json:"uptime_ms"`
-	Listen      []string `json:"listen"` // the listeners' addresses; guest: the host's address
-	LogDir      string   `json:"log_dir"`
-	StateDir    string   `json:"state_dir"`
-	UnknownVMs  string   `json:"unknown_vms"` // "reject" or "accept"
-	Sync        string   `json:"sync"`        // as configured: "always", "1s", "never"
-	HeadSeq     uint64   `json:"head_seq"`    // newest durable record; 0: none yet
-	OldestSeq   uint64   `json:"oldest_seq"`  // oldest record kept; 0: none
-	Sessions    int      `json:"sessions"`
-	Registered  int      `json:"registered"`
-	Reachable   int      `json:"reachable"`
-	SpoolCount  int      `json:"spool_count"` // guest: publishes not yet acknowledged by the host
-	SpoolBytes  int64    `json:"spool_bytes"`
-	ConnectedTo string   `json:"connected_to,omitempty"` // guest: the host's address while a session is up
+	Kind       string   `json:"kind"` // "host" (castrad) or "guest" (castra-guestd)
+	Version    string   `json:"version"`
+	State      string   `json:"state"`  // "running", "degraded: <why>", "stopping"; guest: also "connecting", "refused: <why>"
+	Faults     []Fault  `json:"faults"` // all that makes it degraded, the worst first; empty: nothing does
+	PID        int      `json:"pid"`
+	UptimeMS   int64    `json:"uptime_ms"`
+	Listen     []string `json:"listen"` // the listeners' addresses; guest: the host's address
+	LogDir     string   `json:"log_dir"`
+	StateDir   string   `json:"state_dir"`
+	UnknownVMs string   `json:"unknown_vms"` // "reject" or "accept"
+	Sync       string   `json:"sync"`        // as configured: "always", "1s", "never"
+	HeadSeq    uint64   `json:"head_seq"`    // newest durable record; 0: none yet
+	OldestSeq  uint64   `json:"oldest_seq"`  // oldest record kept; 0: none
+	Sessions   int      `json:"sessions"`
+	Registered int      `json:"registered"`
+	Reachable  int      `json:"reachable"`
+	SpoolCount int      `json:"spool_count"` // guest: publishes not yet acknowledged by the host
+	SpoolBytes int64    `json:"spool_bytes"`
+	// SpoolDurable says of a guest whether its spool is on disk: what its publishers
+	// were told is kept then survives a power cut. nil: this is a host.
+	SpoolDurable *bool `json:"spool_durable,omitempty"`
+	// SpoolReason says why it is not on disk, or why the disk takes nothing just now.
+	SpoolReason string `json:"spool_reason,omitempty"`
+	ConnectedTo string `json:"connected_to,omitempty"` // guest: the host's address while a session is up
 }
 
 // Fault is something that keeps a daemon from all that it promises. It ends by

@@ -138,9 +138,7 @@ func (f *Factory) writeBroker(w io.Writer, b *bus.Broker) error {
 		} else {
 			fmt.Fprintf(&lines, "not connected; the host is looked for at %s\n", escape(strings.Join(b.Listen, ", ")))
 		}
-		if b.SpoolCount > 0 {
-			fmt.Fprintf(&lines, "%d messages (%d bytes) kept until the host has them\n", b.SpoolCount, b.SpoolBytes)
-		}
+		lines.WriteString(f.spoolLine(b))
 	} else {
 		fmt.Fprintf(&lines, "VMs reachable: %d, registered: %d, sessions: %d, newest record: %d\n", b.Reachable, b.Registered, b.Sessions, b.HeadSeq)
 		fmt.Fprintf(&lines, "listening on %s, records in %s\n", escape(strings.Join(b.Listen, ", ")), escape(b.LogDir))
@@ -161,6 +159,26 @@ func (f *Factory) writeFault(lines *strings.Builder, fault *bus.Fault) {
 	fmt.Fprintf(lines, "      effect: %s\n", escape(fault.Effect))
 	if !f.Quiet {
 		fmt.Fprintf(lines, "      mend:   %s\n", escape(fault.Advice))
+	}
+}
+
+// spoolLine says what a guest keeps for the host, and whether it would survive the
+// guest.
+func (f *Factory) spoolLine(b *bus.Broker) string {
+	text := fmt.Sprintf("spool: %d messages (%d bytes) kept until the host has them, ", b.SpoolCount, b.SpoolBytes)
+	if b.SpoolCount == 0 {
+		text = "spool: empty, "
+	}
+	durable := b.SpoolDurable != nil && *b.SpoolDurable
+	switch {
+	case durable && b.SpoolReason == "":
+		return text + "on disk\n"
+	case durable:
+		return text + "on disk, which takes no more: " + f.IO.paint(red, escape(b.SpoolReason)) + "\n"
+	case b.SpoolReason != "":
+		return text + f.IO.paint(yellow, "not durable") + ", " + escape(b.SpoolReason) + "\n"
+	default:
+		return text + f.IO.paint(yellow, "not durable") + "\n"
 	}
 }
 

@@ -55,10 +55,15 @@ func TestStatusGuest(t *testing.T) {
 		b.Kind, b.Version, b.Listen, b.UptimeMS = "guest", "0.1.0", []string{"10.0.2.2:7070"}, 5_000
 		return &fakeClient{status: func([]string) (bus.Status, error) { return bus.Status{Broker: b}, nil }}
 	}
+	durable := true
 	r := run(t, guest(bus.Broker{State: "running", ConnectedTo: "10.0.2.2:7070"}), []string{"status"})
-	r.want(t, 0, "castra-guestd 0.1.0: running, up 5s\nconnected to 10.0.2.2:7070\n", "")
-	r = run(t, guest(bus.Broker{State: "refused: unknown-vm", SpoolCount: 3, SpoolBytes: 300}), []string{"status"})
-	r.want(t, 0, "not connected; the host is looked for at 10.0.2.2:7070\n3 messages (300 bytes) kept", "")
+	r.want(t, 0, "castra-guestd 0.1.0: running, up 5s\nconnected to 10.0.2.2:7070\nspool: empty, not durable\n", "")
+	r = run(t, guest(bus.Broker{State: "refused: unknown-vm", SpoolCount: 3, SpoolBytes: 300, SpoolDurable: &durable}), []string{"status"})
+	r.want(t, 0, "not connected; the host is looked for at 10.0.2.2:7070\nspool: 3 messages (300 bytes) kept until the host has them, on disk\n", "")
+	r = run(t, guest(bus.Broker{State: "connecting", SpoolDurable: &durable, SpoolReason: "disk full"}), []string{"status"})
+	r.want(t, 0, "spool: empty, on disk, which takes no more: disk full\n", "")
+	r = run(t, guest(bus.Broker{State: "connecting", SpoolReason: "in memory: spool_dir is empty"}), []string{"status"})
+	r.want(t, 0, "spool: empty, not durable, in memory: spool_dir is empty\n", "")
 }
 
 func TestStatusDegraded(t *testing.T) {

@@ -96,7 +96,7 @@ func (d *daemon) run() error {
 	}
 	d.agent, err = guest.New(guest.Options{
 		Name: id.name, Address: id.address, Key: id.key, Version: d.version,
-		Subscribe: d.cfg.Bus.Subscribe, Socket: d.cfg.Bus.Socket, SpoolSize: int64(d.cfg.Bus.SpoolSize),
+		Subscribe: d.cfg.Bus.Subscribe, Socket: d.cfg.Bus.Socket, SpoolDir: d.cfg.Bus.SpoolDir, SpoolSize: int64(d.cfg.Bus.SpoolSize),
 		Log: logrus.NewEntry(d.log), OnState: d.stateChanged,
 	})
 	if err != nil {

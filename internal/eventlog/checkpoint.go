@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"path/filepath"
 )
 
 // checkpoint makes what was copied durable, and then the position.
@@ -22,10 +21,7 @@ func (p *perVM) checkpoint() error {
 	}
 	p.saved.Store(p.synced)
 	p.since = 0
-	select {
-	case p.log.copied <- struct{}{}:
-	default:
-	}
+	p.log.lookAround()
 	return nil
 }
 
@@ -91,9 +87,6 @@ func (p *perVM) savePosition(position uint64) error {
 	if err != nil {
 		return err
 	}
-	if err := replaceFile(p.log.opts.FS, p.opts.PositionFile, append(b, '\n')); err != nil {
-		return err
-	}
-	// Or a start might have far more to copy than what came behind this.
-	return p.log.opts.FS.SyncDir(filepath.Dir(p.opts.PositionFile))
+	// Durably, or a start might have far more to copy than what came behind this.
+	return Replace(p.log.opts.FS, p.opts.PositionFile, append(b, '\n'))
 }

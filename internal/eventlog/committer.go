@@ -49,8 +49,8 @@ func (l *Log) run() {
 		select {
 		case b := <-l.queue:
 			l.round(func() { l.commit(b) })
-		case <-l.copied:
-			if c.held {
+		case <-l.around:
+			if c.held || l.released.Load() > 0 {
 				l.round(l.expire)
 			}
 		case <-c.syncTimer.C:
@@ -331,8 +331,19 @@ func (l *Log) expire() {
 	if l.c.held = held; held {
 		l.perVM.hurry()
 	}
+	if released := l.released.Load(); released > 0 && err == nil {
+		_, err = l.stream.expire(retention{size: 1, before: released + 1}, time.Now())
+	}
 	if err != nil && l.opts.OnError != nil {
 		l.opts.OnError(err)
+	}
+}
+
+// lookAround makes the committer expire what may go now.
+func (l *Log) lookAround() {
+	select {
+	case l.around <- struct{}{}:
+	default:
 	}
 }
 

@@ -130,6 +130,18 @@ func makeDir(fsys FS, dir string) error {
 	return err
 }
 
+// MakeDir makes dir and those above it that are missing, durably.
+func MakeDir(fsys FS, dir string) error { return makeDir(fsys, dir) }
+
+// Replace gives the small file at path the contents data, whole or not at all,
+// and such that a power cut does not take it back.
+func Replace(fsys FS, path string, data []byte) error {
+	if err := replaceFile(fsys, path, data); err != nil {
+		return err
+	}
+	return fsys.SyncDir(filepath.Dir(path))
+}
+
 // replaceFile gives path the contents data, whole or not at all. Until its
 // directory is synced a power cut may bring the old contents back.
 func replaceFile(fsys FS, path string, data []byte) error {

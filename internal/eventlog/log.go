@@ -133,9 +133,10 @@ type Log struct {
 	done     chan struct{} // closed when the committer has ended
 	closeErr error         // valid once done is closed
 
-	perVM  *perVM
-	copied chan struct{} // room for one token: the VMs' streams have durably got further
-	c      committer
+	perVM    *perVM
+	released atomic.Uint64 // see Release
+	around   chan struct{} // room for one token: more may be expired than before
+	c        committer
 }
 
 // Open opens or creates the log in opts.Dir and recovers what a crash left.
@@ -177,7 +178,7 @@ func open(opts Options) (*Log, *Recovery, error) {
 		done:      make(chan struct{}),
 		changed:   make(chan struct{}, 1),
 		reported:  make(chan struct{}),
-		copied:    make(chan struct{}, 1),
+		around:    make(chan struct{}, 1),
 	}
 	l.c.syncTimer, l.c.retryTimer, l.c.expireTimer = stoppedTimer(), stoppedTimer(), stoppedTimer()
 	l.state.Store(&State{})

@@ -3,10 +3,12 @@ package eventlog
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -22,6 +24,75 @@ func segmentsIn(t *testing.T, o Options, dir string) int {
 	return len(st.segs)
 }
 
+// sharedFS lets several goroutines have a simulated disk, which is made for one.
+type sharedFS struct {
+	FS
+	mu sync.Mutex
+}
+
+func (s *sharedFS) OpenFile(name string, flag int, perm fs.FileMode) (File, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	f, err := s.FS.OpenFile(name, flag, perm)
+	return &sharedFile{f, s}, err
+}
+
+func (s *sharedFS) ReadDir(dir string) ([]fs.DirEntry, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.FS.ReadDir(dir)
+}
+
+func (s *sharedFS) do(f func() error) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return f()
+}
+
+func (s *sharedFS) Mkdir(dir string, perm fs.FileMode) error {
+	return s.do(func() error { return s.FS.Mkdir(dir, perm) })
+}
+
+func (s *sharedFS) Rename(from, to string) error {
+	return s.do(func() error { return s.FS.Rename(from, to) })
+}
+
+func (s *sharedFS) Remove(name string) error { return s.do(func() error { return s.FS.Remove(name) }) }
+
+func (s *sharedFS) SyncDir(dir string) error { return s.do(func() error { return s.FS.SyncDir(dir) }) }
+
+type sharedFile struct {
+	File
+	fs *sharedFS
+}
+
+func (f *sharedFile) ReadAt(b []byte, off int64) (int, error) {
+	f.fs.mu.Lock()
+	defer f.fs.mu.Unlock()
+	return f.File.ReadAt(b, off)
+}
+
+func (f *sharedFile) WriteAt(b []byte, off int64) (int, error) {
+	f.fs.mu.Lock()
+	defer f.fs.mu.Unlock()
+	return f.File.WriteAt(b, off)
+}
+
+func (f *sharedFile) Size() (int64, error) {
+	f.fs.mu.Lock()
+	defer f.fs.mu.Unlock()
+	return f.File.Size()
+}
+
+func (f *sharedFile) Truncate(size int64) error {
+	return f.fs.do(func() error { return f.File.Truncate(size) })
+}
+func (f *sharedFile) Sync() error  { return f.fs.do(f.File.Sync) }
+func (f *sharedFile) Close() error { return f.fs.do(f.File.Close) }
+func (f *sharedFile) Preallocate(off, n int64) error {
+	return f.fs.do(func() error { return f.File.Preallocate(off, n) })
+}
+
 // Records go for their age from the host stream and from the stream of a VM that
 // publishes no more, before a restart or after it; the newest segment stays.
 // Nothing goes that castrad has not itself seen sealed for an hour.
@@ -29,7 +100,7 @@ func TestRetentionByAge(t *testing.T) {
 	for _, restart := range []bool{false, true} {
 		synctest.Test(t, func(t *testing.T) {
 			o := testOptions("/log")
-			o.FS = newSimDisk(rand.New(rand.NewPCG(1, 1)))
+			o.FS = &sharedFS{FS: newSimDisk(rand.New(rand.NewPCG(1, 1)))}
 			o.SegmentSize, o.PerVM.SegmentSize = 4096, 4096
 			o.MaxAge, o.PerVM.MaxAge = 40*time.Minute, 40*time.Minute
 			vm := filepath.Join(o.PerVM.Dir, "web1")

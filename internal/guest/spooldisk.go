@@ -164,9 +164,7 @@ func (d *disk) recover(rec *eventlog.Recovery) error {
 			}
 		}
 	}
-	if err := d.log.Release(released); err != nil {
-		d.logger.WithError(err).Warn("the spool has trouble on disk")
-	}
+	d.log.Release(released)
 	return nil
 }
 
@@ -242,7 +240,8 @@ func (d *disk) save(seq uint64) error {
 	if err := eventlog.Replace(d.fs, filepath.Join(d.dir, releasedFile), fmt.Appendf(nil, "{\"seq\":%d}\n", seq)); err != nil {
 		return err
 	}
-	return d.log.Release(seq)
+	d.log.Release(seq)
+	return nil
 }
 
 func readReleased(fsys eventlog.FS, dir string) (uint64, error) {

@@ -188,6 +188,7 @@ func cmdCode(ts *testscript.TestScript, neg bool, args []string) {
 //	castrad record VM TOPIC PAYLOAD     a guest publishes
 //	castrad gap FROM TO
 //	castrad refuse CODE REASON          of every publish from here on
+//	castrad answer TOPIC PAYLOAD        its VM answers each request with it
 //	castrad turned-away NAME REASON
 //	castrad asked NAME                  wait until it was asked for NAME's state
 func cmdCastrad(ts *testscript.TestScript, neg bool, args []string) {
@@ -230,6 +231,10 @@ func cmdCastrad(ts *testscript.TestScript, neg bool, args []string) {
 	case "refuse":
 		w.bus.mu.Lock()
 		w.bus.refusal = bus.Errorf(bus.Code(args[1]), "%s", args[2])
+		w.bus.mu.Unlock()
+	case "answer":
+		w.bus.mu.Lock()
+		w.bus.answers[args[1]] = args[2]
 		w.bus.mu.Unlock()
 	case "turned-away":
 		w.bus.mu.Lock()

@@ -29,6 +29,7 @@ type scriptBus struct {
 	more     chan struct{} // closed and replaced when lines grew
 	watchers map[int]func(bus.VM, bool)
 	ids      int
+	answers  map[string]string // by topic: the payload that the VM who owns it answers with
 }
 
 // scriptLine is a record or a gap; seq is the highest number it stands for.
@@ -40,7 +41,7 @@ type scriptLine struct {
 }
 
 func newScriptBus(kind string) *scriptBus {
-	return &scriptBus{kind: kind, vms: make(map[string]bus.VM), more: make(chan struct{}), watchers: make(map[int]func(bus.VM, bool))}
+	return &scriptBus{kind: kind, vms: make(map[string]bus.VM), answers: make(map[string]string), more: make(chan struct{}), watchers: make(map[int]func(bus.VM, bool))}
 }
 
 func (b *scriptBus) head() uint64 {
@@ -65,7 +66,12 @@ func (b *scriptBus) Publish(_ context.Context, req bus.PublishRequest) (uint64, 
 	if b.kind == kindGuest {
 		return 0, nil
 	}
-	return b.record("host", req), nil
+	seq := b.record("host", req)
+	if answer, ok := b.answers[req.Topic]; ok && req.Reply != "" {
+		vm, _ := wire.TopicVM(req.Topic)
+		b.record(vm, bus.PublishRequest{Topic: req.Reply, Payload: []byte(answer)})
+	}
+	return seq, nil
 }
 
 // record stores a message with a fixed time; b.mu is held.

@@ -57,6 +57,7 @@ T is a moment: "2006-01-02 15:04:05", RFC 3339, today, yesterday, now, -5min or
 	flags.BoolVar(&o.once, "no-follow", false, "end at the newest record")
 	flags.StringVarP(&o.format, "output", "o", "short", "`FORMAT`: short, cat, json or json-pretty")
 	_ = cmd.RegisterFlagCompletionFunc("vm", f.completeVM)
+	_ = cmd.RegisterFlagCompletionFunc("topic", f.completePattern)
 	_ = cmd.RegisterFlagCompletionFunc("output", cobra.FixedCompletions(formats, cobra.ShellCompDirectiveNoFileComp))
 	return cmd
 }

@@ -73,6 +73,7 @@ Exit codes: 0 done, 1 failed, 2 usage, 3 not reachable, 4 no such VM,
 	flags.BoolVarP(&f.Quiet, "quiet", "q", false, "leave out notes and hints")
 	root.AddCommand(
 		newStatusCmd(f),
+		newExplainCmd(f),
 		newWaitCmd(f),
 		newBusCmd(f),
 		newVMCmd(f),

@@ -189,6 +189,7 @@ func cmdCode(ts *testscript.TestScript, neg bool, args []string) {
 //	castrad gap FROM TO
 //	castrad refuse CODE REASON          of every publish from here on
 //	castrad answer TOPIC PAYLOAD        its VM answers each request with it
+//	castrad listen ADDRESS              it says that it listens there
 //	castrad turned-away NAME REASON
 //	castrad asked NAME                  wait until it was asked for NAME's state
 func cmdCastrad(ts *testscript.TestScript, neg bool, args []string) {
@@ -232,6 +233,10 @@ func cmdCastrad(ts *testscript.TestScript, neg bool, args []string) {
 		w.bus.mu.Lock()
 		w.bus.refusal = bus.Errorf(bus.Code(args[1]), "%s", args[2])
 		w.bus.mu.Unlock()
+	case "listen":
+		w.bus.mu.Lock()
+		w.bus.listen = args[1]
+		w.bus.mu.Unlock()
 	case "answer":
 		w.bus.mu.Lock()
 		w.bus.answers[args[1]] = args[2]
@@ -251,31 +256,38 @@ func cmdCastrad(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
-// fakeSystemd tells that castrad's socket listens and castrad is inactive.
-type fakeSystemd struct{}
+// fakeSystemd tells that castrad's socket listens, and castrad's own state.
+type fakeSystemd struct{ state string }
 
 func (fakeSystemd) LoadUnit(name string) (dbus.ObjectPath, *dbus.Error) {
 	_, kind, _ := strings.Cut(name, ".")
 	return dbus.ObjectPath("/" + kind), nil
 }
 
-func (fakeSystemd) Get(m dbus.Message, _, _ string) (dbus.Variant, *dbus.Error) {
+func (s fakeSystemd) Get(m dbus.Message, _, _ string) (dbus.Variant, *dbus.Error) {
 	if m.Headers[dbus.FieldPath].Value() == dbus.ObjectPath("/socket") {
 		return dbus.MakeVariant("active"), nil
 	}
-	return dbus.MakeVariant("inactive"), nil
+	return dbus.MakeVariant(s.state), nil
 }
 
-// cmdSystemd puts such a systemd on the message bus.
-func cmdSystemd(ts *testscript.TestScript, _ bool, _ []string) {
+// cmdSystemd: systemd STATE puts on the message bus a systemd that gives castrad
+// this state.
+func cmdSystemd(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 1 {
+		ts.Fatalf("usage: systemd STATE")
+	}
 	w := worldOf(ts)
+	if w.systemd != nil {
+		w.systemd.Close()
+	}
 	conn, err := dbus.Connect(w.address)
 	ts.Check(err)
 	w.systemd = conn
 	const name = "org.freedesktop.systemd1"
-	ts.Check(conn.Export(fakeSystemd{}, "/org/freedesktop/systemd1", name+".Manager"))
+	ts.Check(conn.Export(fakeSystemd{args[0]}, "/org/freedesktop/systemd1", name+".Manager"))
 	for _, path := range []dbus.ObjectPath{"/socket", "/service"} {
-		ts.Check(conn.Export(fakeSystemd{}, path, "org.freedesktop.DBus.Properties"))
+		ts.Check(conn.Export(fakeSystemd{args[0]}, path, "org.freedesktop.DBus.Properties"))
 	}
 	_, err = conn.RequestName(name, dbus.NameFlagDoNotQueue)
 	ts.Check(err)

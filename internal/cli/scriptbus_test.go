@@ -29,6 +29,7 @@ type scriptBus struct {
 	more     chan struct{} // closed and replaced when lines grew
 	watchers map[int]func(bus.VM, bool)
 	ids      int
+	listen   string
 	answers  map[string]string // by topic: the payload that the VM who owns it answers with
 }
 
@@ -41,7 +42,7 @@ type scriptLine struct {
 }
 
 func newScriptBus(kind string) *scriptBus {
-	return &scriptBus{kind: kind, vms: make(map[string]bus.VM), answers: make(map[string]string), more: make(chan struct{}), watchers: make(map[int]func(bus.VM, bool))}
+	return &scriptBus{kind: kind, listen: "127.0.0.1:7070", vms: make(map[string]bus.VM), answers: make(map[string]string), more: make(chan struct{}), watchers: make(map[int]func(bus.VM, bool))}
 }
 
 func (b *scriptBus) head() uint64 {
@@ -180,7 +181,7 @@ func (b *scriptBus) Status(names []string) bus.Status {
 	}
 	st := bus.Status{
 		Broker: bus.Broker{
-			Kind: b.kind, Version: "0.1.0", State: "running", PID: 1, UptimeMS: 61_000, Listen: []string{"127.0.0.1:7070"},
+			Kind: b.kind, Version: "0.1.0", State: "running", PID: 1, UptimeMS: 61_000, Listen: []string{b.listen},
 			LogDir: "/var/log/castra", StateDir: "/var/lib/castra", UnknownVMs: "reject", Sync: "always", HeadSeq: b.head(),
 		},
 		VMs:     []bus.VM{},
@@ -217,6 +218,11 @@ func (b *scriptBus) set(name, state string) {
 	vm.State, vm.Reachable, vm.BusSubscribed, vm.Subscriptions = state, state != "unreachable", state == "subscribed", []string{}
 	if vm.BusSubscribed {
 		vm.State, vm.Subscriptions = "reachable", []string{"broadcast", "vm:" + name}
+	}
+	vm.Session, vm.RemoteAddr, vm.Reason = "", "", ""
+	if vm.Reachable {
+		vm.Session, vm.RemoteAddr = "sess-0123456789abcdef0123456789abcdef", "127.0.0.1:40001"
+		vm.LastHandshakeAgeMS, vm.LastHeartbeatAgeMS, vm.Capabilities = ms(60), ms(3), []string{wire.CapBus}
 	}
 	b.vms[name] = vm
 	watchers := slices.Collect(maps.Values(b.watchers))

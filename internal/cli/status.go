@@ -36,12 +36,12 @@ them is not known. castrad is not started for this.`,
 func (f *Factory) runStatus(ctx context.Context, names []string, asJSON bool) error {
 	st, err := f.status(ctx, NoStart, names)
 	idle := false
-	if errors.Is(err, dbusclient.ErrNotRunning) && f.socketIdle(ctx) {
-		// The first guest or the first publish starts castrad: nothing is wrong.
-		st, err, idle = idleStatus(), nil, true
-	}
 	if err != nil {
-		return err
+		if f.absence(ctx, err) != dbusclient.Idle {
+			return f.absent(ctx, err)
+		}
+		// The first guest or the first publish starts castrad: nothing is wrong.
+		st, idle = idleStatus(), true
 	}
 	switch {
 	case asJSON:
@@ -80,14 +80,32 @@ func judge(st *bus.Status, names []string, idle bool) error {
 	return nil
 }
 
-func (f *Factory) socketIdle(ctx context.Context) bool {
-	client, err := f.Client(ctx, NoStart)
-	if err != nil {
-		return false
+// absence tells why castrad did not answer; "" where err is of another kind.
+func (f *Factory) absence(ctx context.Context, err error) dbusclient.Absence {
+	if !errors.Is(err, dbusclient.ErrNotRunning) {
+		return ""
+	}
+	client, cerr := f.Client(ctx, NoStart)
+	if cerr != nil {
+		return dbusclient.Stopped
 	}
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
-	return client.SocketIdle(ctx)
+	return client.Absence(ctx)
+}
+
+// absent says what castrad's absence means for a command that needs its answer and
+// may not start it. Other errors stay as they are.
+func (f *Factory) absent(ctx context.Context, err error) error {
+	switch f.absence(ctx, err) {
+	case dbusclient.Idle:
+		return exitf(ExitNoCastrad, "castrad is idle, nobody has connected to its socket yet; start it: systemctl start castrad")
+	case dbusclient.Starting:
+		return exitf(ExitNoCastrad, "castrad is starting; try again in a moment, or see what it does: castractl logs -f")
+	case dbusclient.Failed:
+		return exitf(ExitNoCastrad, "castrad has failed; see why: castractl logs, and start it again: systemctl start castrad")
+	}
+	return err
 }
 
 // idleStatus is what is true of a bus whose daemon has not been needed yet.

@@ -86,17 +86,17 @@ func TestStatusExitCodes(t *testing.T) {
 }
 
 func TestStatusWithoutCastrad(t *testing.T) {
-	gone := func(idle bool) *fakeClient {
-		return &fakeClient{idle: idle, status: func([]string) (bus.Status, error) { return bus.Status{}, dbusclient.ErrNotRunning }}
+	gone := func(absence dbusclient.Absence) *fakeClient {
+		return &fakeClient{absence: absence, status: func([]string) (bus.Status, error) { return bus.Status{}, dbusclient.ErrNotRunning }}
 	}
-	run(t, gone(true), []string{"status"}).want(t, ExitDone, "castrad is idle", "")
-	run(t, gone(true), []string{"status", "web1"}).want(t, ExitUnreachable, "castrad is idle", "not reachable: web1")
-	run(t, gone(false), []string{"status"}).want(t, ExitNoCastrad, "", "daemon not running")
-	run(t, gone(false), []string{"status", "--json"}).want(t, ExitNoCastrad, "", "daemon not running")
-	run(t, gone(true), []string{"vm", "list"}).want(t, ExitNoCastrad, "", "castrad is idle")
-	run(t, gone(true), []string{"ports"}).want(t, ExitNoCastrad, "", "castrad is idle")
+	run(t, gone(dbusclient.Idle), []string{"status"}).want(t, ExitDone, "castrad is idle", "")
+	run(t, gone(dbusclient.Idle), []string{"status", "web1"}).want(t, ExitUnreachable, "castrad is idle", "not reachable: web1")
+	run(t, gone(dbusclient.Stopped), []string{"status"}).want(t, ExitNoCastrad, "", "daemon not running")
+	run(t, gone(dbusclient.Stopped), []string{"status", "--json"}).want(t, ExitNoCastrad, "", "daemon not running")
+	run(t, gone(dbusclient.Idle), []string{"vm", "list"}).want(t, ExitNoCastrad, "", "castrad is idle")
+	run(t, gone(dbusclient.Idle), []string{"ports"}).want(t, ExitNoCastrad, "", "castrad is idle")
 
-	r := run(t, gone(true), []string{"status", "--json"})
+	r := run(t, gone(dbusclient.Idle), []string{"status", "--json"})
 	var got struct {
 		Broker  struct{ State string }
 		VMs     []any

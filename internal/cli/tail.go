@@ -150,5 +150,8 @@ func (f *Factory) runTail(ctx context.Context, o *tailOptions, req bus.TailReque
 	if errors.Is(err, context.Canceled) {
 		return nil
 	}
+	if !req.Follow { // castrad was not to be started, and it is said why it is not there
+		return f.absent(context.WithoutCancel(ctx), err)
+	}
 	return err
 }

@@ -2,7 +2,6 @@ package cli
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"slices"
@@ -12,7 +11,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/castrabus/castra/internal/bus"
-	"github.com/castrabus/castra/internal/dbusclient"
 )
 
 func newVMCmd(f *Factory) *cobra.Command {
@@ -131,6 +129,10 @@ func writeVM(w io.Writer, vm *bus.VM) error {
 		return age(ms) + " ago"
 	}
 	number := func(n uint64) string { return strconv.FormatUint(n, 10) }
+	limited := number(vm.RateLimited)
+	if vm.LastLimitedAgeMS != nil {
+		limited += ", the last " + age(vm.LastLimitedAgeMS) + " ago"
+	}
 	var b strings.Builder
 	for _, row := range [][2]string{
 		{"VM", vm.VM},
@@ -146,7 +148,7 @@ func writeVM(w io.Writer, vm *bus.VM) error {
 		{"Subscriptions", strings.Join(vm.Subscriptions, " ")},
 		{"Lag", number(vm.Lag)},
 		{"Published", number(vm.Published)},
-		{"Rate limited", number(vm.RateLimited)},
+		{"Rate limited", limited},
 		{"Forwards", strings.Join(vm.Forwards, " ")},
 	} {
 		value := escape(row[1])
@@ -164,7 +166,7 @@ func writeVM(w io.Writer, vm *bus.VM) error {
 func (f *Factory) lookUp(ctx context.Context, names []string) (bus.Status, error) {
 	st, err := f.status(ctx, NoStart, names)
 	if err != nil {
-		return st, f.idleHint(ctx, err)
+		return st, f.absent(ctx, err)
 	}
 	for _, name := range names {
 		if findVM(&st, name) == nil {
@@ -181,13 +183,4 @@ func findVM(st *bus.Status, name string) *bus.VM {
 		return nil
 	}
 	return &st.VMs[i]
-}
-
-// idleHint says what an idle castrad means for a command that needs its answer
-// and may not start it.
-func (f *Factory) idleHint(ctx context.Context, err error) error {
-	if errors.Is(err, dbusclient.ErrNotRunning) && f.socketIdle(ctx) {
-		return exitf(ExitNoCastrad, "castrad is idle, nobody has connected to its socket yet; start it: systemctl start castrad")
-	}
-	return err
 }

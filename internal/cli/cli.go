@@ -53,10 +53,15 @@ func newRootCmd(f *Factory) *cobra.Command {
 		Use:   "castractl",
 		Short: "Ask and steer the Castra bus",
 		Long: `castractl shows which virtual machines are on the bus, publishes messages,
-follows the record of all of them, and registers new machines.
+follows the record of all of them, and registers new machines. In a guest the
+same commands serve, through castra-guestd.
 
-Exit codes: 0 done, 1 failed, 2 usage, 3 not reachable, 4 no such VM,
-5 castrad is not to be had.`,
+Commands that only look (status, explain, ports, logs, vm list, vm show, vm
+args, bus tail --no-follow) never start castrad and never wait for a guest.
+
+Exit codes: 0 done, 1 failed, 2 usage, 3 not reachable or not answered in time,
+4 no such VM, 5 castrad is not to be had. Errors are one line on standard
+error.`,
 		Version:           f.Version,
 		Args:              unknownCommand,
 		SilenceUsage:      true,
@@ -86,7 +91,7 @@ Exit codes: 0 done, 1 failed, 2 usage, 3 not reachable, 4 no such VM,
 }
 
 // newGroup is a command that only holds others.
-func newGroup(use, short string, subs ...*cobra.Command) *cobra.Command {
+func newGroup(use, short, long string, subs ...*cobra.Command) *cobra.Command {
 	names := make([]string, len(subs))
 	for i, sub := range subs {
 		names[i] = sub.Name()
@@ -94,6 +99,7 @@ func newGroup(use, short string, subs ...*cobra.Command) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   use,
 		Short: short,
+		Long:  long,
 		Args:  unknownCommand,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return usageError(cmd, "%s needs one of: %s", cmd.CommandPath(), strings.Join(names, ", "))

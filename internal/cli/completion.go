@@ -20,6 +20,10 @@ func newCompletionCmd(f *Factory) *cobra.Command {
 	return &cobra.Command{
 		Use:   "completion (bash | zsh | fish)",
 		Short: "Print a shell's completion script",
+		Long: `Print what lets the shell complete castractl's commands and flags, and with
+them the names of VMs, the topics and the formats that there are just now.
+
+The exit code is 0, or 2 for a shell that is not known.`,
 		Example: `  castractl completion bash > /etc/bash_completion.d/castractl
   source <(castractl completion zsh)`,
 		ValidArgs: shells,

@@ -32,8 +32,8 @@ func newExplainCmd(f *Factory) *cobra.Command {
 		Short: "Say why the bus does not see a VM, and what mends it",
 		Long: `Go down the ladder on whose rungs a VM stands: registered, listener, connected,
 handshake, session, heartbeats, subscribed, lag, limits, storage. Each is ok, a
-note, broken or not reached; the first that is broken is named, with the command
-or the edit that mends it. castrad is not started for this.
+note, broken or not reached; the first that is broken is named, with the
+command or the edit that mends it. castrad is not started for this.
 
 Exit codes: 0 when no rung is broken, 3 when one is; 4 when the VM is not
 registered and would be turned away, 5 when castrad is not to be had.`,

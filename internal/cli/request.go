@@ -26,15 +26,15 @@ func newRequestCmd(f *Factory) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "request [--vm NAME] TOPIC [JSON | @FILE | -]",
 		Short: "Publish a message and print the first answer to it",
-		Long: `Publish a message that names a topic for the answer, and print the first answer.
-With --vm it goes to vm:NAME/TOPIC, which that VM alone hears and answers; without,
-to the topic that everybody who subscribes hears. Without JSON the payload is
-null.
+		Long: `Publish a message that names a topic for the answer, and print the first
+answer. With --vm it goes to vm:NAME/TOPIC, which that VM alone hears and
+answers; without, to a topic that everybody hears who subscribes. Without JSON
+the payload is null.
 
 The answer is a message on the topic that the request names as "reply"; in the
-guest "castractl bus tail -o json" shows it. That topic is new for each request,
-so no answer is taken for another's, and it lies below the VM's own topic, where
-no other VM may publish.
+guest "castractl bus tail -o json" shows it. That topic is new for each
+request, so no answer is taken for another's, and it lies below the VM's own
+topic, where no other VM may publish.
 
 Exit codes: 0 when an answer came; 3 when none came in time (the request is
 stored all the same, and may still be answered), 4 when the VM is not known.`,

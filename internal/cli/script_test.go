@@ -115,18 +115,17 @@ func newWorld(env *testscript.Env) (*world, error) {
 	}
 	w := &world{dir: dir, address: "unix:path=" + filepath.Join(dir, "bus")}
 	env.Defer(func() { os.RemoveAll(dir) })
+	return w, errors.Join(w.configure(""), os.Mkdir(filepath.Join(dir, "services"), 0o755), w.start())
+}
+
+// configure writes the message bus's configuration, with a rule of its own.
+func (w *world) configure(rule string) error {
 	config := `<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
  "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
-<busconfig><listen>` + w.address + `</listen><auth>EXTERNAL</auth><servicedir>` + dir + `/services</servicedir>
-<policy context="default"><allow send_destination="*" eavesdrop="true"/><allow eavesdrop="true"/><allow own="*"/><allow user="*"/></policy>
+<busconfig><listen>` + w.address + `</listen><auth>EXTERNAL</auth><servicedir>` + w.dir + `/services</servicedir>
+<policy context="default"><allow send_destination="*" eavesdrop="true"/><allow eavesdrop="true"/><allow own="*"/><allow user="*"/>` + rule + `</policy>
 </busconfig>`
-	if err := os.WriteFile(filepath.Join(dir, "config"), []byte(config), 0o644); err != nil {
-		return nil, err
-	}
-	if err := os.Mkdir(filepath.Join(dir, "services"), 0o755); err != nil {
-		return nil, err
-	}
-	return w, w.start()
+	return os.WriteFile(filepath.Join(w.dir, "config"), []byte(config), 0o644)
 }
 
 // start runs the message bus.
@@ -191,6 +190,7 @@ func cmdCode(ts *testscript.TestScript, neg bool, args []string) {
 //	castrad answer TOPIC PAYLOAD        its VM answers each request with it
 //	castrad listen ADDRESS              it says that it listens there
 //	castrad turned-away NAME REASON
+//	castrad forbid METHOD               the message bus lets nobody call it
 //	castrad asked NAME                  wait until it was asked for NAME's state
 func cmdCastrad(ts *testscript.TestScript, neg bool, args []string) {
 	w := worldOf(ts)
@@ -245,6 +245,12 @@ func cmdCastrad(ts *testscript.TestScript, neg bool, args []string) {
 		w.bus.mu.Lock()
 		w.bus.refused = append(w.bus.refused, bus.Refused{VM: args[1], Reason: args[2], AgeMS: 4000})
 		w.bus.mu.Unlock()
+	case "forbid":
+		ts.Check(w.configure(`<deny send_interface="` + dbusapi.ManagerInterface + `" send_member="` + args[1] + `"/>`))
+		conn, err := dbus.Connect(w.address)
+		ts.Check(err)
+		defer conn.Close()
+		ts.Check(conn.BusObject().Call("org.freedesktop.DBus.ReloadConfig", 0).Err)
 	case "asked":
 		eventually(ts, "castrad is asked for "+args[1], func() bool {
 			w.bus.mu.Lock()

@@ -86,13 +86,16 @@ func (b *scriptBus) record(vm string, req bus.PublishRequest) uint64 {
 		ID      string          `json:"id,omitempty"`
 		Reply   string          `json:"reply,omitempty"`
 		Payload json.RawMessage `json:"payload"`
-	}{seq, testNow().Add(time.Duration(seq) * time.Millisecond), vm, req.Topic, req.ID, req.Reply, req.Payload})
+	}{seq, timeOf(seq), vm, req.Topic, req.ID, req.Reply, req.Payload})
 	if err != nil {
 		panic(err)
 	}
 	b.append(scriptLine{seq, req.Topic, vm, append(text, '\n')})
 	return seq
 }
+
+// timeOf is when the record of a number was stored.
+func timeOf(seq uint64) time.Time { return testNow().Add(time.Duration(seq) * time.Millisecond) }
 
 func (b *scriptBus) gap(from, to uint64) {
 	b.mu.Lock()
@@ -118,6 +121,9 @@ func (b *scriptBus) WaitAck(ctx context.Context, seq uint64) (string, error) {
 }
 
 func (b *scriptBus) wants(req *bus.TailRequest, line *scriptLine) bool {
+	if !req.Until.IsZero() && timeOf(line.seq).After(req.Until) {
+		return false
+	}
 	if line.topic == "" {
 		return true // a gap
 	}
@@ -136,6 +142,11 @@ func (b *scriptBus) Tail(ctx context.Context, req bus.TailRequest, w io.Writer) 
 	switch {
 	case req.All:
 		next = 0
+	case !req.Since.IsZero():
+		next = slices.IndexFunc(b.lines, func(l scriptLine) bool { return !timeOf(l.seq).Before(req.Since) })
+		if next < 0 {
+			next = len(b.lines)
+		}
 	case req.From > 0:
 		next = slices.IndexFunc(b.lines, func(l scriptLine) bool { return l.seq >= req.From })
 		if next < 0 {

@@ -21,8 +21,15 @@ func newStatusCmd(f *Factory) *cobra.Command {
 		Short: "Show the bus, its VMs and who was turned away",
 		Long: `Show the state of the bus and of the VMs on it, all of them or the named ones.
 
-With names, the exit code is 3 if one of them is not reachable, and 4 if one of
-them is not known. castrad is not started for this.`,
+Names that were turned away in the last hour are shown with the command that
+lets them in. castrad is not started for this, and no guest is waited for.
+
+Exit codes: 0 done, also when castrad is idle and its socket listens; with
+names, 3 when one of them is not reachable and 4 when one is not known; 5 when
+castrad is not to be had.`,
+		Example: `  castractl status
+  castractl status web1 && echo "web1 is there"
+  castractl status --json | jq -r '.vms[] | select(.reachable | not) | .vm'`,
 		Args:              vmArgs(0, 0),
 		ValidArgsFunction: f.completeVMs,
 		RunE: func(cmd *cobra.Command, names []string) error {

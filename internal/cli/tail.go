@@ -31,10 +31,24 @@ func newTailCmd(f *Factory) *cobra.Command {
 		Short: "Show the record, and follow it",
 		Long: `Show the last 10 records and follow with what is new, until Ctrl-C.
 
-T is a moment: "2006-01-02 15:04:05", RFC 3339, today, yesterday, now, -5min or
-"5min ago". Patterns: dots separate tokens, * is one token, a final > the rest.`,
+T is a moment, as journalctl takes it: "2006-01-02 15:04:05", RFC 3339, today,
+yesterday, now, -5min, "5min ago" or @SECONDS. In a pattern dots separate
+tokens, * is one token and a final > the rest; neither matches a vm: or castra.
+topic unless that beginning is spelled out.
+
+Formats: short is a line for people; cat the payload alone; json an object a
+line, as it is stored; json-pretty the same, indented. Records that are gone
+are a line of their own: a gap, in json {"type":"gap","from":N,"to":M}.
+
+A following tail outlives a restart of castrad and goes on where it was. With
+--no-follow castrad is not started, and with --cursor-file each run shows what
+the one before has not.
+
+Exit codes: 0 at the end, also by Ctrl-C or when the reader has gone; 1 when it
+failed, 5 when castrad is not to be had.`,
 		Example: `  castractl bus tail --vm web1
   castractl bus tail --topic 'orders.*' --since -1h -o json | jq .payload
+  castractl bus tail --since yesterday --until today
   castractl bus tail --no-follow --cursor-file seen -o json`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {

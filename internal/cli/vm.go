@@ -15,14 +15,21 @@ import (
 
 func newVMCmd(f *Factory) *cobra.Command {
 	return newGroup("vm", "Register VMs and hand over their keys",
+		`A VM is let in when its name is registered, and with a key it must prove the
+name. Name and key reach the guest through QEMU's arguments.`,
 		newVMAddCmd(f), newVMRemoveCmd(f), newVMListCmd(f), newVMShowCmd(f), newVMRekeyCmd(f), newVMArgsCmd(f))
 }
 
 func newVMRemoveCmd(f *Factory) *cobra.Command {
 	var asJSON bool
 	cmd := &cobra.Command{
-		Use:               "remove NAME",
-		Short:             "Take a VM's registration and key away",
+		Use:   "remove NAME",
+		Short: "Take a VM's registration and key away",
+		Long: `Take a VM's registration and key away. Its session ends at once, and it is
+turned away when it comes back; its records stay until they expire.
+
+Exit codes: 0 done, 4 no such VM, 5 castrad is not to be had.`,
+		Example:           `  castractl vm remove web1`,
 		Args:              vmArgs(1, 1),
 		ValidArgsFunction: f.completeVM,
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -51,7 +58,13 @@ func newVMListCmd(f *Factory) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "list",
 		Short: "List the VMs that castrad knows",
-		Args:  noArgs,
+		Long: `List the VMs that are registered, and those that were let in unregistered.
+castrad is not started for this.
+
+Exit codes: 0 done, 5 castrad is not to be had.`,
+		Example: `  castractl vm list
+  castractl vm list --no-legend | awk '{print $1}'`,
+		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			st, err := f.lookUp(cmd.Context(), nil)
 			if err != nil {
@@ -97,8 +110,14 @@ func yesNo(yes bool) string {
 func newVMShowCmd(f *Factory) *cobra.Command {
 	var asJSON bool
 	cmd := &cobra.Command{
-		Use:               "show NAME",
-		Short:             "Show all that castrad knows about a VM",
+		Use:   "show NAME",
+		Short: "Show all that castrad knows about a VM",
+		Long: `Show all that castrad knows about a VM, a line each. castrad is not started for
+this.
+
+Exit codes: 0 done, 4 no such VM, 5 castrad is not to be had.`,
+		Example: `  castractl vm show web1
+  castractl vm show web1 --json | jq .vms[0].lag`,
 		Args:              vmArgs(1, 1),
 		ValidArgsFunction: f.completeVM,
 		RunE: func(cmd *cobra.Command, args []string) error {

@@ -33,8 +33,12 @@ func newWaitCmd(f *Factory) *cobra.Command {
 		Short: "Wait until VMs are reachable",
 		Long: `Wait until all the named VMs, or all that are known, are reachable, have a
 subscription, or are unreachable. Names that have not been seen yet are waited
-for. There is one deadline for all of them; the exit code is 3 when it passes.`,
-		Example:           `  castractl wait web1 web2 --for subscribed --timeout 2min`,
+for. There is one deadline for all of them.
+
+Exit codes: 0 when all are so, 3 when the deadline passes first, 5 when castrad
+is not to be had.`,
+		Example: `  castractl wait web1 web2 --for subscribed --timeout 2min
+  castractl wait --all`,
 		Args:              vmArgs(0, 0),
 		ValidArgsFunction: f.completeVMs,
 		RunE: func(cmd *cobra.Command, names []string) error {

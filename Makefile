@@ -13,7 +13,8 @@ VERSION  := $(shell scripts/version)
 # The race detector wants a C compiler; the D-Bus tests a message bus, and busctl, which
 # is systemd's.
 UNIT_NEEDS := gcc libc6-dev dbus-daemon systemd
-E2E_NEEDS  := dbus-daemon qemu-system-x86 mmdebstrap e2fsprogs systemd-container procps strace
+E2E_NEEDS  := dbus-daemon qemu-system-x86 mmdebstrap e2fsprogs systemd-container procps strace \
+  jq bash-completion zsh fish
 
 # Where Go has never run, what it keeps goes into the checkout: trying Castra out
 # leaves nothing in a home.

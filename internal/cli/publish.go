@@ -191,13 +191,15 @@ func (f *Factory) mustKnow(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
-	if st.Broker.Kind == kindGuest || st.Broker.UnknownVMs != "reject" {
+	return knows(&st, name)
+}
+
+// knows is mustKnow's judgement of what castrad answered.
+func knows(st *bus.Status, name string) error {
+	if name == "" || st.Broker.Kind == kindGuest || st.Broker.UnknownVMs != "reject" || findVM(st, name) != nil {
 		return nil
 	}
-	if findVM(&st, name) == nil {
-		return errNoSuchVM(name)
-	}
-	return nil
+	return errNoSuchVM(name)
 }
 
 func (f *Factory) waitAck(ctx context.Context, seq uint64, timeout time.Duration) error {

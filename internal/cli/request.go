@@ -103,11 +103,10 @@ func (o *requestOptions) request(cmd *cobra.Command) (bus.PublishRequest, error)
 var errAnswered = errors.New("the answer has come")
 
 func (f *Factory) runRequest(ctx context.Context, o *requestOptions, req bus.PublishRequest) error {
-	if err := f.mustKnow(ctx, o.vm); err != nil {
-		return err
+	st, err := f.status(ctx, MayStart, []string{o.vm}) // "" is nobody's name: of the VMs none is wanted then
+	if err == nil {
+		err = knows(&st, o.vm)
 	}
-	// Nobody's name: of the VMs none is wanted.
-	st, err := f.status(ctx, MayStart, []string{""})
 	if err != nil {
 		return err
 	}

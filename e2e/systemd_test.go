@@ -188,8 +188,8 @@ func TestSystemd(t *testing.T) {
 		h.want(out, "castrad is starting")
 	}
 	h.run("sh", "-c", `rm /run/systemd/system/castrad.service.d/slow.conf
-		systemctl daemon-reload && systemctl stop castrad`)
-	h.want(h.run("castractl", "status"), "idle")
+		systemctl daemon-reload && systemctl stop castrad && systemctl start castrad`)
+	h.run("castractl", "wait", "web1", "--timeout", "60s")
 
 	h.run("systemctl", "stop", "castrad.socket", "castrad.service")
 	out, err := h.try("castractl", "status")

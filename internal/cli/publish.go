@@ -161,9 +161,17 @@ func (f *Factory) publishOne(ctx context.Context, o *publishOptions, req bus.Pub
 		fmt.Fprintf(f.IO.Out, "record %d on %s\n", seq, escape(req.Topic))
 	}
 	if o.wait {
-		return f.waitAck(ctx, seq, time.Duration(o.waitAck))
+		return f.waitAck(ctx, o, seq)
 	}
 	return nil
+}
+
+// whoListens is the command that tells why nobody took a message.
+func whoListens(vm string) string {
+	if vm == "" {
+		return "see who listens: castractl status"
+	}
+	return "see what is the matter: castractl explain " + vm
 }
 
 // publish stores a message and gives its number.
@@ -202,7 +210,8 @@ func knows(st *bus.Status, name string) error {
 	return errNoSuchVM(name)
 }
 
-func (f *Factory) waitAck(ctx context.Context, seq uint64, timeout time.Duration) error {
+func (f *Factory) waitAck(ctx context.Context, o *publishOptions, seq uint64) error {
+	timeout := time.Duration(o.waitAck)
 	client, err := f.Client(ctx, MayStart)
 	if err != nil {
 		return err
@@ -213,7 +222,7 @@ func (f *Factory) waitAck(ctx context.Context, seq uint64, timeout time.Duration
 	defer cancel()
 	vm, err := client.WaitAck(call, seq, timeout)
 	if refusal, ok := errors.AsType[*bus.Error](err); ok && refusal.Code == bus.CodeNoAck {
-		return exitf(ExitUnreachable, "record %d is stored, but no guest acknowledged it within %v; see who listens: castractl status", seq, timeout)
+		return exitf(ExitUnreachable, "record %d is stored, but no guest acknowledged it within %v; %s", seq, timeout, whoListens(o.vm))
 	}
 	if err != nil {
 		return fmt.Errorf("waiting for record %d to be acknowledged: %w", seq, err)

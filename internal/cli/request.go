@@ -141,16 +141,9 @@ func (f *Factory) runRequest(ctx context.Context, o *requestOptions, req bus.Pub
 	case errors.Is(err, errAnswered):
 		return nil
 	case ctx.Err() != nil:
-		return exitf(ExitUnreachable, "no answer on %s within %v; %s", req.Reply, timeout, o.hint())
+		return exitf(ExitUnreachable, "no answer on %s within %v; %s", req.Reply, timeout, whoListens(o.vm))
 	}
 	return err
-}
-
-func (o *requestOptions) hint() string {
-	if o.vm != "" {
-		return "see what is the matter: castractl explain " + o.vm
-	}
-	return "see who listens: castractl status"
 }
 
 // replyTopic makes up a topic on which the answer is to come: one that the VM which

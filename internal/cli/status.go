@@ -82,7 +82,7 @@ func judge(st *bus.Status, names []string, idle bool) error {
 	case len(unknown) > 0:
 		return errNoSuchVM(unknown...)
 	case len(away) > 0:
-		return exitf(ExitUnreachable, "not reachable: %s; wait for it: castractl wait %s", strings.Join(away, ", "), strings.Join(away, " "))
+		return exitf(ExitUnreachable, "not reachable: %s; see why: castractl explain %s", strings.Join(away, ", "), away[0])
 	}
 	return nil
 }

@@ -69,7 +69,7 @@ func TestStatusExitCodes(t *testing.T) {
 	}{
 		{[]string{"status", "web1"}, ExitDone, ""},
 		{[]string{"status", "web1", "db1"}, ExitDone, ""},
-		{[]string{"status", "web1", "new1"}, ExitUnreachable, "not reachable: new1; wait for it: castractl wait new1"},
+		{[]string{"status", "web1", "new1"}, ExitUnreachable, "not reachable: new1; see why: castractl explain new1"},
 		{[]string{"status", "web1", "--json", "new1"}, ExitUnreachable, "new1"},
 		{[]string{"status", "nobody", "new1"}, ExitNoSuchVM, "no VM is named nobody"},
 		{[]string{"status", "x y"}, ExitUsage, "no VM name"},

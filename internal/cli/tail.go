@@ -17,7 +17,7 @@ type tailOptions struct {
 	topics       []string
 	vm           string
 	lines        string
-	from         uint64
+	from         seqFlag
 	since, until string
 	cursorFile   string
 	follow, once bool
@@ -63,18 +63,33 @@ failed, 5 when castrad is not to be had.`,
 	flags.StringVar(&o.vm, "vm", "", "only what this VM published and what was sent to vm:`NAME`; host: what the host published")
 	flags.StringArrayVar(&o.topics, "topic", nil, "only topics that match `PATTERN`; may be repeated")
 	flags.StringVarP(&o.lines, "lines", "n", "10", "begin with the last `N` records, or with \"all\"")
-	flags.Uint64Var(&o.from, "from", 0, "begin with the record of number `SEQ`")
+	flags.Var(&o.from, "from", "begin with the record of number `SEQ`")
 	flags.StringVar(&o.since, "since", "", "begin with the first record at or after `T`")
 	flags.StringVar(&o.until, "until", "", "leave out records after `T`, and end there")
 	flags.StringVar(&o.cursorFile, "cursor-file", "", "begin after the record noted in `FILE`, if there is one, and note the last one shown")
 	flags.BoolVarP(&o.follow, "follow", "f", true, "go on with new records")
 	flags.BoolVar(&o.once, "no-follow", false, "end at the newest record")
 	flags.StringVarP(&o.format, "output", "o", "short", "`FORMAT`: short, cat, json or json-pretty")
+	flags.Lookup("from").DefValue = ""
 	_ = cmd.RegisterFlagCompletionFunc("vm", f.completeVM)
 	_ = cmd.RegisterFlagCompletionFunc("topic", f.completePattern)
 	_ = cmd.RegisterFlagCompletionFunc("output", cobra.FixedCompletions(formats, cobra.ShellCompDirectiveNoFileComp))
 	return cmd
 }
+
+// seqFlag is a flag that takes a record's number.
+type seqFlag uint64
+
+func (n *seqFlag) Set(s string) error {
+	seq, err := strconv.ParseUint(s, 10, 64)
+	if err != nil || seq == 0 {
+		return errors.New("no record's number; they count from 1, and -n begins with the last ones")
+	}
+	*n = seqFlag(seq)
+	return nil
+}
+func (n *seqFlag) String() string { return strconv.FormatUint(uint64(*n), 10) }
+func (n *seqFlag) Type() string   { return "SEQ" }
 
 // request turns the flags into what the bus is asked for.
 func (o *tailOptions) request(cmd *cobra.Command, now time.Time) (bus.TailRequest, error) {
@@ -119,10 +134,7 @@ func (o *tailOptions) begin(cmd *cobra.Command, req *bus.TailRequest, now time.T
 	flags := cmd.Flags()
 	switch {
 	case flags.Changed("from"):
-		if o.from == 0 {
-			return usageError(cmd, "--from: records count from 1")
-		}
-		req.From = o.from
+		req.From = uint64(o.from)
 	case flags.Changed("since"):
 		since, err := parseMoment(o.since, now)
 		if err != nil {

@@ -20,6 +20,9 @@ const reread = 2 * time.Second
 // lastLook is how long the look at the deadline may take.
 const lastLook = 5 * time.Second
 
+// anyVM stands for the names that --all would wait for, where there are none.
+const anyVM = "any VM"
+
 type waitOptions struct {
 	all     bool
 	state   string
@@ -94,9 +97,17 @@ func (o *waitOptions) missing(st *bus.Status, names []string) []string {
 	}
 	if o.all && len(names) == 0 && o.state != "unreachable" {
 		// "All are there" is not true of a bus that nobody has come to yet.
-		missing = append(missing, "any VM")
+		missing = append(missing, anyVM)
 	}
 	return missing
+}
+
+// hint is the command that tells why a VM is not as it was waited for.
+func (o *waitOptions) hint(missing string) string {
+	if missing == anyVM {
+		return "castractl status"
+	}
+	return "castractl explain " + missing
 }
 
 func (f *Factory) runWait(ctx context.Context, o *waitOptions, names []string) error {
@@ -141,7 +152,7 @@ func (f *Factory) waitUntil(ctx context.Context, o *waitOptions, names []string,
 				return nil
 			}
 			if over {
-				return exitf(ExitUnreachable, "not %s within %v: %s; see why: castractl status", o.state, time.Duration(o.timeout), strings.Join(missing, ", "))
+				return exitf(ExitUnreachable, "not %s within %v: %s; see why: %s", o.state, time.Duration(o.timeout), strings.Join(missing, ", "), o.hint(missing[0]))
 			}
 		}
 		select {

@@ -2,6 +2,8 @@ package cli
 
 import (
 	"encoding/json"
+	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"unicode/utf8"
@@ -125,6 +127,39 @@ func TestRemedies(t *testing.T) {
 		got := remedy(&bus.Refused{VM: c.vm, Reason: c.reason})
 		if !strings.Contains(got, c.want) {
 			t.Errorf("%s for %s: %q, want %q in it", c.reason, c.vm, got, c.want)
+		}
+	}
+}
+
+// A hundred VMs with the longest of names and sixteen subscriptions each still fit 80
+// columns, a line each, and no two look alike.
+func TestStatusOfAHundred(t *testing.T) {
+	c := &fakeClient{status: func([]string) (bus.Status, error) {
+		st := testStatus()
+		vm := st.VMs[0]
+		vm.Subscriptions = slices.Repeat([]string{"a.long.topic.of.some.kind"}, 16)
+		vm.Forwards = slices.Repeat([]string{"tcp:10000:22"}, 16)
+		vm.LastHandshakeAgeMS, vm.LastPublishAgeMS = ms(99*86400), ms(47*3600+59*60)
+		st.VMs, st.Refused = nil, nil
+		for i := range 100 {
+			vm.VM = strings.Repeat("frontend-", 13) + fmt.Sprintf("%03d", i)
+			st.VMs = append(st.VMs, vm)
+		}
+		return st, nil
+	}}
+	for _, args := range [][]string{{"status"}, {"vm", "list"}, {"ports"}} {
+		r := run(t, c, append(args, "--no-legend", "--no-pager"), func(f *Factory) { f.IO.Terminal, f.IO.Width = true, 80 })
+		rows := make(map[string]bool)
+		for line := range strings.Lines(r.out) {
+			if n := utf8.RuneCountInString(strings.TrimSuffix(line, "\n")); n > 80 {
+				t.Errorf("%v: %d columns: %s", args, n, line)
+			}
+			if name, _, _ := strings.Cut(line, " "); strings.HasPrefix(line, "front") {
+				rows[name] = true
+			}
+		}
+		if len(rows) != 100 {
+			t.Errorf("%v: %d VMs can be told apart, of 100", args, len(rows))
 		}
 	}
 }

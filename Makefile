@@ -85,7 +85,7 @@ images:
 
 .PHONY: bench
 bench: build ## the benchmarks; BENCH=regexp picks
-	scripts/need dbus-daemon
+	scripts/need dbus-daemon e2fsprogs
 	CASTRA_E2E=1 go test -run '^$$' -bench '$(BENCH)' -benchmem -timeout 30m ./...
 
 .PHONY: fuzz

@@ -71,6 +71,7 @@ error.`,
 		DisableFlagsInUseLine: true,
 		RunE:                  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
+	root.SetUsageTemplate(strings.ReplaceAll(root.UsageTemplate(), ".FlagUsages ", ".FlagUsagesWrapped 80 "))
 	root.SetVersionTemplate("castractl {{.Version}}\n")
 	flags := root.PersistentFlags()
 	flags.BoolVar(&f.NoPager, "no-pager", false, "never start a pager")

@@ -85,7 +85,7 @@ func (f *Factory) completeVM(cmd *cobra.Command, args []string, word string) ([]
 // completeTopic offers the topics that somebody is subscribed to just now, and those
 // that are always there.
 func (f *Factory) completeTopic(cmd *cobra.Command, _ []string, _ string) ([]string, cobra.ShellCompDirective) {
-	return f.liveTopics(cmd, "", "broadcast"), cobra.ShellCompDirectiveNoFileComp
+	return slices.DeleteFunc(f.liveTopics(cmd, "", "broadcast"), isPattern), cobra.ShellCompDirectiveNoFileComp
 }
 
 // completePattern is completeTopic for one who listens.
@@ -106,8 +106,11 @@ func (f *Factory) completeRequest(cmd *cobra.Command, args []string, _ string) (
 	if vm, _ := cmd.Flags().GetString("vm"); vm != "" {
 		prefix = "vm:" + vm + "/"
 	}
-	return f.liveTopics(cmd, prefix), cobra.ShellCompDirectiveNoFileComp
+	return slices.DeleteFunc(f.liveTopics(cmd, prefix), isPattern), cobra.ShellCompDirectiveNoFileComp
 }
+
+// isPattern tells whether somebody listens to it and nobody can publish on it.
+func isPattern(topic string) bool { return strings.ContainsAny(topic, "*>") }
 
 // liveTopics gives the topics that begin with prefix, without it, and always as well.
 func (f *Factory) liveTopics(cmd *cobra.Command, prefix string, always ...string) []string {

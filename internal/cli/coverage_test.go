@@ -5,6 +5,7 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+	"unicode/utf8"
 
 	"github.com/rogpeppe/go-internal/txtar"
 	"github.com/spf13/cobra"
@@ -89,9 +90,11 @@ func TestHelpSaysAll(t *testing.T) {
 		if cmd.Short == "" || cmd.Long == "" {
 			t.Errorf("%s does not say what it does", path)
 		}
-		for line := range strings.Lines(cmd.Long) {
-			if len([]rune(strings.TrimSuffix(line, "\n"))) > 80 {
-				t.Errorf("%s: a line of over 80 columns: %s", path, line)
+		r := run(t, &fakeClient{}, append(strings.Fields(path)[1:], "--help"))
+		r.want(t, ExitDone, cmd.Long, "")
+		for line := range strings.Lines(r.out) {
+			if utf8.RuneCountInString(strings.TrimSuffix(line, "\n")) > 80 {
+				t.Errorf("%s --help: a line of over 80 columns: %s", path, line)
 			}
 		}
 		if cmd.HasSubCommands() {
@@ -103,8 +106,6 @@ func TestHelpSaysAll(t *testing.T) {
 		if !strings.Contains(cmd.Long, "xit code") {
 			t.Errorf("%s does not say how it ends", path)
 		}
-		r := run(t, &fakeClient{}, append(strings.Fields(path)[1:], "--help"))
-		r.want(t, ExitDone, cmd.Long, "")
 		for _, flag := range flagsOf(cmd) {
 			if flag.usage == "" {
 				t.Errorf("%s --%s does not say what it does", path, flag.name)

@@ -42,9 +42,11 @@ stored all the same, and may still be answered), 4 when the VM is not known.`,
   castractl bus request --vm web1 reload '{"unit":"nginx"}' --timeout 30s
 
   # In the guest, what answers the first of them:
-  castractl bus tail --topic vm:self/uptime -n 0 -o json | while read -r request; do
-    castractl bus publish --topic "$(jq -r .reply <<<"$request")" "\"$(uptime -p)\""
-  done`,
+  castractl bus tail --topic vm:self/uptime -n 0 -o json |
+    while read -r request; do
+      reply=$(jq -r .reply <<<"$request")
+      castractl bus publish --topic "$reply" "\"$(uptime -p)\""
+    done`,
 		Args: func(_ *cobra.Command, args []string) error {
 			switch {
 			case len(args) == 0:

@@ -10,7 +10,6 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/castrabus/castra/internal/bus"
 	"github.com/castrabus/castra/internal/dbusclient"
 )
 
@@ -190,17 +189,4 @@ func writeWrapped(b *strings.Builder, text string, indent, width int) {
 		column += length
 	}
 	b.WriteByte('\n')
-}
-
-// spanMS writes an age of the status as a span.
-func spanMS(ms int64) string { return shortSpan(time.Duration(ms) * time.Millisecond) }
-
-// refusalOf finds what is known of a name that was turned away.
-func refusalOf(st *bus.Status, name string) *bus.Refused {
-	for i := range st.Refused {
-		if st.Refused[i].VM == name {
-			return &st.Refused[i]
-		}
-	}
-	return nil
 }

@@ -282,3 +282,13 @@ func (l *ladder) storage(*bus.VM) rung {
 	}
 	return rung{State: rungOK, What: "castrad stores what is published"}
 }
+
+// refusalOf finds what is known of a name that was turned away.
+func refusalOf(st *bus.Status, name string) *bus.Refused {
+	for i := range st.Refused {
+		if st.Refused[i].VM == name {
+			return &st.Refused[i]
+		}
+	}
+	return nil
+}

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"strings"
-	"time"
 
 	"github.com/spf13/cobra"
 
@@ -154,7 +153,7 @@ func (f *Factory) writeBroker(w io.Writer, b *bus.Broker) error {
 	if b.Kind == kindGuest {
 		name = "castra-guestd"
 	}
-	up := shortSpan(time.Duration(b.UptimeMS) * time.Millisecond)
+	up := spanMS(b.UptimeMS)
 	var lines strings.Builder
 	fmt.Fprintf(&lines, "%s %s: %s, up %s\n", name, escape(b.Version), f.IO.paint(stateStyle(b.State), escape(b.State)), up)
 	if b.Kind == kindGuest {
@@ -232,8 +231,7 @@ func (f *Factory) writeRefused(w io.Writer, refused []bus.Refused) error {
 		lines.WriteString("\nTurned away in the last hour:\n")
 	}
 	for _, r := range refused {
-		ago := shortSpan(time.Duration(r.AgeMS) * time.Millisecond)
-		fmt.Fprintf(&lines, "  %s  %s, %s ago\n", f.IO.paint(bold, escape(r.VM)), f.IO.paint(yellow, escape(r.Reason)), ago)
+		fmt.Fprintf(&lines, "  %s  %s, %s ago\n", f.IO.paint(bold, escape(r.VM)), f.IO.paint(yellow, escape(r.Reason)), spanMS(r.AgeMS))
 		if !f.Quiet {
 			fmt.Fprintf(&lines, "      %s\n", remedy(&r))
 		}

@@ -100,7 +100,7 @@ func TestExplainRungs(t *testing.T) {
 			"in a guest, refused", func(st *bus.Status, vm *bus.VM) {
 				st.Broker.Kind, st.Refused = kindGuest, []bus.Refused{{VM: "web1", Reason: "auth-required"}}
 				vm.Session, vm.Reachable, vm.LastHandshakeAgeMS = "", false, nil
-			}, nil, rungHandshake, "", ExitUnreachable, "on the host: hand over its key, or a new one: castractl vm rekey web1",
+			}, nil, rungHandshake, "", ExitUnreachable, "on the host, hand over its key, or a new one: castractl vm rekey web1",
 		},
 		{
 			"in a guest, no host", func(st *bus.Status, vm *bus.VM) {

@@ -198,11 +198,7 @@ func (l *ladder) handshake(vm *bus.VM) rung {
 		// Whoever was turned away is not who has the session.
 		return rung{State: rungNote, What: fmt.Sprintf("another guest that bears this name was turned away %s ago: %s", spanMS(refused.AgeMS), refused.Reason)}
 	}
-	mend := remedy(refused)
-	if l.guest() {
-		mend = "on the host: " + mend
-	}
-	return rung{State: rungBroken, What: fmt.Sprintf("turned away %s ago: %s", spanMS(refused.AgeMS), refused.Reason), Mend: mend}
+	return rung{State: rungBroken, What: fmt.Sprintf("turned away %s ago: %s", spanMS(refused.AgeMS), refused.Reason), Mend: remedy(&l.first, refused)}
 }
 
 func (l *ladder) session(vm *bus.VM) rung {

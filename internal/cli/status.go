@@ -143,7 +143,7 @@ func (f *Factory) writeStatus(w io.Writer, st *bus.Status, named bool) error {
 	if named {
 		return nil
 	}
-	return f.writeRefused(w, st.Refused)
+	return f.writeRefused(w, st)
 }
 
 const kindGuest = "guest"
@@ -222,18 +222,18 @@ func vmStyle(vm *bus.VM) style {
 }
 
 // writeRefused lists who was turned away, and below each what lets it in.
-func (f *Factory) writeRefused(w io.Writer, refused []bus.Refused) error {
-	if len(refused) == 0 {
+func (f *Factory) writeRefused(w io.Writer, st *bus.Status) error {
+	if len(st.Refused) == 0 {
 		return nil
 	}
 	var lines strings.Builder
 	if !f.NoLegend {
 		lines.WriteString("\nTurned away in the last hour:\n")
 	}
-	for _, r := range refused {
+	for _, r := range st.Refused {
 		fmt.Fprintf(&lines, "  %s  %s, %s ago\n", f.IO.paint(bold, escape(r.VM)), f.IO.paint(yellow, escape(r.Reason)), spanMS(r.AgeMS))
 		if !f.Quiet {
-			fmt.Fprintf(&lines, "      %s\n", remedy(&r))
+			fmt.Fprintf(&lines, "      %s\n", remedy(st, &r))
 		}
 	}
 	_, err := io.WriteString(w, lines.String())

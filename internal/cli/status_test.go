@@ -124,7 +124,7 @@ func TestRemedies(t *testing.T) {
 		{"$(reboot)", "unknown-vm", "valid name"},
 		{"127.0.0.1:4711", "protocol-error", "valid name"},
 	} {
-		got := remedy(&bus.Refused{VM: c.vm, Reason: c.reason})
+		got := remedy(&bus.Status{}, &bus.Refused{VM: c.vm, Reason: c.reason})
 		if !strings.Contains(got, c.want) {
 			t.Errorf("%s for %s: %q, want %q in it", c.reason, c.vm, got, c.want)
 		}

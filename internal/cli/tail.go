@@ -37,8 +37,8 @@ tokens, * is one token and a final > the rest; neither matches a vm: or castra.
 topic unless that beginning is spelled out.
 
 Formats: short is a line for people; cat the payload alone; json an object a
-line, as it is stored; json-pretty the same, indented. Records that are gone
-are a line of their own: a gap, in json {"type":"gap","from":N,"to":M}.
+line; json-pretty the same, indented. Records that are gone are a line of their
+own: a gap, in json {"type":"gap","from":N,"to":M}, with cat on standard error.
 
 A following tail outlives a restart of castrad and goes on where it was. With
 --no-follow castrad is not started, and with --cursor-file each run shows what

@@ -32,7 +32,7 @@ With --if-missing a VM that is registered is left as it is, and its arguments
 are printed all the same: a launch script may run it each time.
 
 Exit codes: 0 done; 1 when a name is registered already or a key could not be
-written: nothing is registered then; 5 castrad is not to be had.`,
+written: that name is not registered then; 5 castrad is not to be had.`,
 		Example: `  castractl vm add web1
   castractl vm add --no-key --forward tcp:2222:22 old1
   castractl vm add -q --if-missing web1 --key-out /etc/vms/web1.key`,

@@ -13,7 +13,8 @@ VERSION  := $(shell scripts/version)
 # The race detector wants a C compiler; the D-Bus tests a message bus, and busctl, which
 # is systemd's.
 UNIT_NEEDS := gcc libc6-dev dbus-daemon systemd
-E2E_NEEDS  := dbus-daemon qemu-system-x86 mmdebstrap e2fsprogs systemd-container procps strace
+E2E_NEEDS  := dbus-daemon qemu-system-x86 mmdebstrap e2fsprogs systemd-container procps strace \
+  jq bash-completion zsh fish
 
 # Where Go has never run, what it keeps goes into the checkout: trying Castra out
 # leaves nothing in a home.
@@ -85,7 +86,7 @@ images:
 
 .PHONY: bench
 bench: build ## the benchmarks; BENCH=regexp picks
-	scripts/need dbus-daemon
+	scripts/need dbus-daemon e2fsprogs
 	CASTRA_E2E=1 go test -run '^$$' -bench '$(BENCH)' -benchmem -timeout 30m ./...
 
 .PHONY: fuzz

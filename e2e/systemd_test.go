@@ -170,10 +170,36 @@ func TestSystemd(t *testing.T) {
 	h.run("castractl", "wait", "web1", "--timeout", "60s")
 	h.want(h.run("journalctl", "--unit=castrad", "--no-pager"), "Watchdog timeout")
 
+	// While castrad starts, what only looks says so, and waits for nothing.
+	h.run("sh", "-c", `printf '[Service]\nExecStartPre=/bin/sleep infinity\n' >/run/systemd/system/castrad.service.d/slow.conf
+		systemctl daemon-reload && systemctl stop castrad && systemctl start --no-block castrad`)
+	h.until("castrad is starting", func() error {
+		out, err := h.try("castractl", "status")
+		if err == nil || !strings.Contains(out, "castrad is starting") {
+			return fmt.Errorf("status says %s", out)
+		}
+		return nil
+	})
+	for _, args := range [][]string{{"vm", "list"}, {"ports"}, {"explain", "web1"}} {
+		out, err := h.try(append([]string{"castractl"}, args...)...)
+		if err == nil {
+			t.Errorf("castractl %v succeeds while castrad starts: %s", args, out)
+		}
+		h.want(out, "castrad is starting")
+	}
+	h.run("sh", "-c", `rm /run/systemd/system/castrad.service.d/slow.conf
+		systemctl daemon-reload && systemctl stop castrad && systemctl start castrad`)
+	h.run("castractl", "wait", "web1", "--timeout", "60s")
+
 	h.run("systemctl", "stop", "castrad.socket", "castrad.service")
 	out, err := h.try("castractl", "status")
 	if err == nil {
 		t.Errorf("status of a stopped bus succeeds: %s", out)
 	}
 	h.want(out, "systemctl start castrad")
+	out, err = h.try("castractl", "explain", "web1")
+	if err == nil {
+		t.Errorf("explain finds nothing wrong with a stopped socket: %s", out)
+	}
+	h.want(out, "web1: listener: castrad is not running, and its socket does not listen; systemctl start castrad.socket")
 }

@@ -1,5 +1,5 @@
-// Package internal holds nothing but the test of how the packages below it may
-// depend on each other.
+// Package internal holds nothing but tests of the tree as a whole: how the packages
+// below may depend on each other, and that docs/SEED.md names tests that there are.
 package internal
 
 import (

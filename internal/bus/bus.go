@@ -146,7 +146,8 @@ type VM struct {
 	Lag                uint64   `json:"lag"`          // records committed that its slowest subscription has not passed yet
 	Published          uint64   `json:"published"`    // records accepted since castrad started
 	RateLimited        uint64   `json:"rate_limited"` // publishes refused since castrad started
-	Forwards           []string `json:"forwards"`     // as registered: "tcp:HOST:GUEST"
+	LastLimitedAgeMS   *int64   `json:"last_limited_age_ms"`
+	Forwards           []string `json:"forwards"` // as registered: "tcp:HOST:GUEST"
 }
 
 // Refused is a name that was turned away lately.

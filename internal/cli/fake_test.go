@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/castrabus/castra/internal/bus"
+	"github.com/castrabus/castra/internal/dbusclient"
 )
 
 var update = flag.Bool("update", false, "write the golden files anew")
@@ -29,7 +30,7 @@ type fakeClient struct {
 	removeVM func(string) error
 	rekeyVM  func(string) ([]byte, error)
 	changed  chan struct{}
-	idle     bool
+	absence  dbusclient.Absence
 }
 
 func called[F any](c *fakeClient, name string, fn *F, set bool) F {
@@ -72,7 +73,7 @@ func (c *fakeClient) RekeyVM(_ context.Context, name string) ([]byte, error) {
 	return called(c, "RekeyVM", &c.rekeyVM, c.rekeyVM != nil)(name)
 }
 func (c *fakeClient) WatchVMs(context.Context) (<-chan struct{}, error) { return c.changed, nil }
-func (c *fakeClient) SocketIdle(context.Context) bool                   { return c.idle }
+func (c *fakeClient) Absence(context.Context) dbusclient.Absence        { return c.absence }
 func (c *fakeClient) Close()                                            {}
 
 // result is how a run of castractl ended.

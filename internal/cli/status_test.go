@@ -2,6 +2,8 @@ package cli
 
 import (
 	"encoding/json"
+	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"unicode/utf8"
@@ -95,7 +97,7 @@ func TestStatusExitCodes(t *testing.T) {
 	}{
 		{[]string{"status", "web1"}, ExitDone, ""},
 		{[]string{"status", "web1", "db1"}, ExitDone, ""},
-		{[]string{"status", "web1", "new1"}, ExitUnreachable, "not reachable: new1; wait for it: castractl wait new1"},
+		{[]string{"status", "web1", "new1"}, ExitUnreachable, "not reachable: new1; see why: castractl explain new1"},
 		{[]string{"status", "web1", "--json", "new1"}, ExitUnreachable, "new1"},
 		{[]string{"status", "nobody", "new1"}, ExitNoSuchVM, "no VM is named nobody"},
 		{[]string{"status", "x y"}, ExitUsage, "no VM name"},
@@ -112,17 +114,17 @@ func TestStatusExitCodes(t *testing.T) {
 }
 
 func TestStatusWithoutCastrad(t *testing.T) {
-	gone := func(idle bool) *fakeClient {
-		return &fakeClient{idle: idle, status: func([]string) (bus.Status, error) { return bus.Status{}, dbusclient.ErrNotRunning }}
+	gone := func(absence dbusclient.Absence) *fakeClient {
+		return &fakeClient{absence: absence, status: func([]string) (bus.Status, error) { return bus.Status{}, dbusclient.ErrNotRunning }}
 	}
-	run(t, gone(true), []string{"status"}).want(t, ExitDone, "castrad is idle", "")
-	run(t, gone(true), []string{"status", "web1"}).want(t, ExitUnreachable, "castrad is idle", "not reachable: web1")
-	run(t, gone(false), []string{"status"}).want(t, ExitNoCastrad, "", "daemon not running")
-	run(t, gone(false), []string{"status", "--json"}).want(t, ExitNoCastrad, "", "daemon not running")
-	run(t, gone(true), []string{"vm", "list"}).want(t, ExitNoCastrad, "", "castrad is idle")
-	run(t, gone(true), []string{"ports"}).want(t, ExitNoCastrad, "", "castrad is idle")
+	run(t, gone(dbusclient.Idle), []string{"status"}).want(t, ExitDone, "castrad is idle", "")
+	run(t, gone(dbusclient.Idle), []string{"status", "web1"}).want(t, ExitUnreachable, "castrad is idle", "not reachable: web1")
+	run(t, gone(dbusclient.Stopped), []string{"status"}).want(t, ExitNoCastrad, "", "daemon not running")
+	run(t, gone(dbusclient.Stopped), []string{"status", "--json"}).want(t, ExitNoCastrad, "", "daemon not running")
+	run(t, gone(dbusclient.Idle), []string{"vm", "list"}).want(t, ExitNoCastrad, "", "castrad is idle")
+	run(t, gone(dbusclient.Idle), []string{"ports"}).want(t, ExitNoCastrad, "", "castrad is idle")
 
-	r := run(t, gone(true), []string{"status", "--json"})
+	r := run(t, gone(dbusclient.Idle), []string{"status", "--json"})
 	var got struct {
 		Broker  struct{ State string }
 		VMs     []any
@@ -148,9 +150,42 @@ func TestRemedies(t *testing.T) {
 		{"$(reboot)", "unknown-vm", "valid name"},
 		{"127.0.0.1:4711", "protocol-error", "valid name"},
 	} {
-		got := remedy(&bus.Refused{VM: c.vm, Reason: c.reason})
+		got := remedy(&bus.Status{}, &bus.Refused{VM: c.vm, Reason: c.reason})
 		if !strings.Contains(got, c.want) {
 			t.Errorf("%s for %s: %q, want %q in it", c.reason, c.vm, got, c.want)
+		}
+	}
+}
+
+// A hundred VMs with the longest of names and sixteen subscriptions each still fit 80
+// columns, a line each, and no two look alike.
+func TestStatusOfAHundred(t *testing.T) {
+	c := &fakeClient{status: func([]string) (bus.Status, error) {
+		st := testStatus()
+		vm := st.VMs[0]
+		vm.Subscriptions = slices.Repeat([]string{"a.long.topic.of.some.kind"}, 16)
+		vm.Forwards = slices.Repeat([]string{"tcp:10000:22"}, 16)
+		vm.LastHandshakeAgeMS, vm.LastPublishAgeMS = ms(99*86400), ms(47*3600+59*60)
+		st.VMs, st.Refused = nil, nil
+		for i := range 100 {
+			vm.VM = strings.Repeat("frontend-", 13) + fmt.Sprintf("%03d", i)
+			st.VMs = append(st.VMs, vm)
+		}
+		return st, nil
+	}}
+	for _, args := range [][]string{{"status"}, {"vm", "list"}, {"ports"}} {
+		r := run(t, c, append(args, "--no-legend", "--no-pager"), func(f *Factory) { f.IO.Terminal, f.IO.Width = true, 80 })
+		rows := make(map[string]bool)
+		for line := range strings.Lines(r.out) {
+			if n := utf8.RuneCountInString(strings.TrimSuffix(line, "\n")); n > 80 {
+				t.Errorf("%v: %d columns: %s", args, n, line)
+			}
+			if name, _, _ := strings.Cut(line, " "); strings.HasPrefix(line, "front") {
+				rows[name] = true
+			}
+		}
+		if len(rows) != 100 {
+			t.Errorf("%v: %d VMs can be told apart, of 100", args, len(rows))
 		}
 	}
 }

@@ -25,9 +25,17 @@ func newVMAddCmd(f *Factory) *cobra.Command {
 		Short: "Register VMs and write the keys they prove themselves with",
 		Long: `Register VMs. Each gets a key of its own; the guest's copy is written to
 NAME.castra-key here, readable by you alone, and the QEMU arguments that hand
-over name and key are printed. The key itself is never printed.`,
+over name and key are printed. The key itself is never printed, and a key file
+that is there is never overwritten.
+
+With --if-missing a VM that is registered is left as it is, and its arguments
+are printed all the same: a launch script may run it each time.
+
+Exit codes: 0 done; 1 when a name is registered already or a key could not be
+written: that name is not registered then; 5 castrad is not to be had.`,
 		Example: `  castractl vm add web1
-  qemu-system-x86_64 … $(castractl vm args web1)`,
+  castractl vm add --no-key --forward tcp:2222:22 old1
+  castractl vm add -q --if-missing web1 --key-out /etc/vms/web1.key`,
 		Args: vmArgs(1, 0),
 		RunE: func(cmd *cobra.Command, names []string) error {
 			if err := exclusive(cmd, "no-key", "key-out"); err != nil {

@@ -34,9 +34,10 @@ type VM struct {
 	name  string
 	table *Table
 
-	frame, publish, heartbeat atomic.Int64 // when last, in ns since the table began; 0: never
-	silent                    atomic.Bool  // the sweep found it so
-	published, limited        atomic.Uint64
+	// When last, in ns since the table began; 0: never.
+	frame, publish, heartbeat, limitedAt atomic.Int64
+	silent                               atomic.Bool // the sweep found it so
+	published, limited                   atomic.Uint64
 
 	// Limit is its share of what the broker takes, kept across its sessions.
 	Limit Bucket
@@ -330,7 +331,10 @@ func (v *VM) Published(n int) {
 }
 
 // Limited notes a publish refused for its rate.
-func (v *VM) Limited() { v.limited.Add(1) }
+func (v *VM) Limited() {
+	v.limitedAt.Store(v.table.now())
+	v.limited.Add(1)
+}
 
 // Name gives the VM's name.
 func (v *VM) Name() string { return v.name }

@@ -48,7 +48,7 @@ func (t *Table) describe(v *VM, now int64) (bus.VM, Session) {
 		LastPublishAgeMS: ageMS(now, v.publish.Load()), LastHeartbeatAgeMS: ageMS(now, v.heartbeat.Load()),
 		BusSubscribed: len(v.topics) > 0, Subscriptions: append([]string{}, v.topics...),
 		RemoteAddr: v.remote, Capabilities: append([]string{}, v.caps...),
-		Published: v.published.Load(), RateLimited: v.limited.Load(),
+		Published: v.published.Load(), RateLimited: v.limited.Load(), LastLimitedAgeMS: ageMS(now, v.limitedAt.Load()),
 		Forwards: []string{},
 	}
 	if v.reachable {

@@ -218,7 +218,13 @@ func (r *recorder) writeDue() {
 		r.note(err)
 	}
 	for name := range due {
-		if last, ok := r.table.Last(name); ok && !last.Handshake.IsZero() {
+		last, ok := r.table.Last(name)
+		switch {
+		case !ok: // forgotten: names that come once must not leave files for ever
+			if err := os.Remove(r.handshakeFile(name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+				r.note(err)
+			}
+		case !last.Handshake.IsZero():
 			r.note(r.writeHandshake(name, last))
 		}
 	}
@@ -256,8 +262,10 @@ func (r *recorder) writeHandshake(name string, last presence.Last) error {
 	if err != nil {
 		return err
 	}
-	return replace(filepath.Join(r.dir, name+".json"), append(data, '\n'))
+	return replace(r.handshakeFile(name), append(data, '\n'))
 }
+
+func (r *recorder) handshakeFile(name string) string { return filepath.Join(r.dir, name+".json") }
 
 // replace gives path the contents data, whole or not at all.
 func replace(path string, data []byte) error {
@@ -284,7 +292,9 @@ func unix(t time.Time) *int64 {
 	return &s
 }
 
-func handshakeEvent(vm string, caps []string, outcome, reason, remote string) event {
+// handshakeEvent is a line about a handshake. suppressed is how many more like it
+// there were that have no line of their own.
+func handshakeEvent(vm string, caps []string, outcome, reason, remote string, suppressed int) event {
 	return event{body: struct {
 		Timestamp    int64    `json:"timestamp"`
 		VM           string   `json:"vm"`
@@ -293,10 +303,11 @@ func handshakeEvent(vm string, caps []string, outcome, reason, remote string) ev
 		Outcome      string   `json:"session_outcome"`
 		Reason       string   `json:"reason,omitempty"`
 		Remote       string   `json:"remote_addr"`
-	}{time.Now().Unix(), vm, orEmpty(caps), "guest", outcome, reason, remote}}
+		Suppressed   int      `json:"suppressed,omitempty"`
+	}{time.Now().Unix(), vm, orEmpty(caps), "guest", outcome, reason, remote, suppressed}}
 }
 
-func busEvent(vm, session, reason, action, detail string) event {
+func busEvent(vm, session, reason, action, detail string, suppressed int) event {
 	return event{bus: true, body: struct {
 		Timestamp int64  `json:"timestamp"`
 		VM        string `json:"vm"`
@@ -304,7 +315,9 @@ func busEvent(vm, session, reason, action, detail string) event {
 		Reason    string `json:"reason"`
 		Action    string `json:"action"`
 		Detail    string `json:"detail,omitempty"`
-	}{time.Now().Unix(), vm, session, reason, action, detail}}
+
+		Suppressed int `json:"suppressed,omitempty"`
+	}{time.Now().Unix(), vm, session, reason, action, detail, suppressed}}
 }
 
 // rotated is a file of lines that is set aside when it is large.

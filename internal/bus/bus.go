@@ -107,6 +107,9 @@ type Broker struct {
 	SpoolCount  int      `json:"spool_count"` // guest: publishes not yet acknowledged by the host
 	SpoolBytes  int64    `json:"spool_bytes"`
 	ConnectedTo string   `json:"connected_to,omitempty"` // guest: the host's address while a session is up
+	// Limited counts how often each limit was reached since castrad started, by
+	// its key under [limits]; those that never were are left out.
+	Limited map[string]uint64 `json:"limited"`
 }
 
 // VM describes one virtual machine as the broker knows it now. Ages are
@@ -129,6 +132,8 @@ type VM struct {
 	Lag                uint64   `json:"lag"`          // records committed that its slowest subscription has not passed yet
 	Published          uint64   `json:"published"`    // records accepted since castrad started
 	RateLimited        uint64   `json:"rate_limited"` // publishes refused since castrad started
+	Superseded         uint64   `json:"superseded"`   // live sessions that a newer one replaced since castrad started
+	Contended          bool     `json:"contended"`    // two guests with this identity keep replacing each other
 	Forwards           []string `json:"forwards"`     // as registered: "tcp:HOST:GUEST"
 }
 

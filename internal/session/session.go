@@ -25,8 +25,9 @@ type Broker interface {
 	// Decide says what to answer to a hello: whether it is to be refused, and
 	// with which key it must prove its name, if any.
 	Decide(h wire.Hello) Decision
-	// Attend notes the ok given to a handshake-only guest.
-	Attend(h wire.Hello, remote string) Decision
+	// Attend notes the ok given to a handshake-only guest. Like Admit it may make
+	// the guest wait, until ctx is done at most.
+	Attend(ctx context.Context, h wire.Hello, remote string) Decision
 	// Admit makes s the session of its VM, which ends the one before. proven is
 	// the key that the guest has proved to hold, nil if none was asked for.
 	Admit(ctx context.Context, s *Session, h wire.Hello, proven []byte) (Guest, Decision)
@@ -159,7 +160,7 @@ type Session struct {
 	deliveries delivering
 	background sync.WaitGroup // searches of the log
 	ended      atomic.Pointer[End]
-	limitedAt  time.Time // when a refusal for the rate was last recorded
+	noted      notes // what was recorded last of the limits that it runs into
 }
 
 // VM gives the name of the guest.

@@ -171,6 +171,9 @@ func (s *Session) change(r request) error {
 	}
 	if err != nil {
 		refuse(&a, err)
+		if a.Code == string(bus.CodeTooManySubscriptions) {
+			s.noteSubscriptions()
+		}
 		return s.write(wire.AppendAckFrame(nil, &a))
 	}
 	if sub != nil {

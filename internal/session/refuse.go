@@ -103,6 +103,6 @@ func (s *Session) noteLimited() {
 // noteSubscriptions records subscriptions refused because there are enough.
 func (s *Session) noteSubscriptions() {
 	if n := s.noted.subscriptions.due(); n > 0 {
-		s.broker.Trouble(s, TroubleQueueFull, ActionReject, fmt.Sprintf("a session may have %d, %d more refused", s.opts.MaxSubscriptions, n))
+		s.broker.Trouble(s, TroubleQueueFull, ActionReject, fmt.Sprintf("max_subscriptions: a session may have %d, %d more refused", s.opts.MaxSubscriptions, n))
 	}
 }

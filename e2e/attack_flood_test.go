@@ -96,7 +96,7 @@ var floodAttacks = []struct {
 			t.Fatal(err)
 		}
 		defer g.Close()
-		_ = g.SetWriteDeadline(time.Now().Add(5 * time.Second))
+		_ = g.SetWriteDeadline(time.Now().Add(2 * time.Second))
 		beats := bytes.Repeat([]byte("\x00\x00\x00\x14"+`{"type":"heartbeat"}`), 1000)
 		for {
 			if _, err := g.Write(beats); err != nil {

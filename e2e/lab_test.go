@@ -199,7 +199,13 @@ func (l *lab) tryCastractl(args ...string) (string, error) {
 // until repeats cond until it succeeds.
 func (l *lab) until(what string, cond func() error) {
 	l.Helper()
-	end := time.Now().Add(hang)
+	l.untilFor(hang, what, cond)
+}
+
+// untilFor is until for what may take longer.
+func (l *lab) untilFor(d time.Duration, what string, cond func() error) {
+	l.Helper()
+	end := time.Now().Add(d)
 	for {
 		err := cond()
 		if err == nil {

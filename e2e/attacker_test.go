@@ -191,12 +191,12 @@ type honestGuest struct {
 	heard atomic.Int64
 
 	mu   sync.Mutex
-	seqs []uint64 // of its records, in order
+	seqs []uint64        // of its records, in order
+	took []time.Duration // of each, from its publish to its ack
 
 	enough atomic.Bool
 	work   sync.WaitGroup
 	pace   time.Duration
-	took   chan time.Duration // each publish's way to its ack, where somebody measures
 }
 
 func (s *siege) startHonest() *honestGuest {
@@ -250,11 +250,9 @@ func (h *honestGuest) run() {
 				h.heard.Add(1)
 				continue
 			}
-			if h.took != nil {
-				h.took <- time.Since(begun)
-			}
 			h.mu.Lock()
 			h.seqs = append(h.seqs, m.Seq)
+			h.took = append(h.took, time.Since(begun))
 			h.mu.Unlock()
 			break
 		}

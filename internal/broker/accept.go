@@ -81,6 +81,9 @@ func (b *Broker) accept(l *listener) {
 		switch {
 		case err == nil:
 			b.guests.Go(func() { b.serve(conn) })
+			if wait := b.acceptTurn(); wait > 0 {
+				time.Sleep(wait) // a millisecond or so: nobody notices
+			}
 		case errors.Is(err, net.ErrClosed):
 			return
 		case l.answer(err):
@@ -124,7 +127,7 @@ func (b *Broker) serve(conn net.Conn) {
 		b.bite(limitHandshakes, evicted.RemoteAddr().String(), "", session.TroubleQueueFull, session.ActionDisconnect,
 			"too many unfinished handshakes, the oldest was closed")
 	}
-	session.Serve(b.ctx, &greeted{Conn: c, done: done}, b, b.sessionOptions())
+	session.Serve(b.ctx, &greeted{Conn: c, done: func() { done(); b.acceptable() }}, b, b.sessionOptions())
 	done()
 }
 

@@ -84,6 +84,8 @@ type Broker struct {
 	handshakes handshakes
 	listeners  atomic.Pointer[[]*listener] // replaced, never changed in place
 	acked      ackMemory
+	strangers  presence.Bucket
+	refusals   presence.Bucket
 	limited    limitCounts
 	shares     shares
 	left       []presence.Change // what a castrad that was killed had no time to say
@@ -183,6 +185,9 @@ func (b *Broker) openLog() error {
 				} else {
 					b.log.Info("the VMs' streams are written again")
 				}
+			},
+			OnAside: func(file, name string) {
+				b.log.WithFields(logrus.Fields{"file": file, "aside": name}).Error("what is there is no file that castrad can use; it is set aside")
 			},
 		},
 		OnCommit: b.committed,

@@ -199,8 +199,16 @@ func (b *Broker) Release(s *session.Session, end session.End) {
 	}
 }
 
-// Refused records a handshake that granted nothing.
+// Refused records a handshake that granted nothing, and lets its answer wait where
+// there are too many.
 func (b *Broker) Refused(r session.Refusal) {
+	b.noteRefused(r)
+	if r.Reason != wire.ReasonMissingCapability && r.Reason != wire.ReasonIOError {
+		b.tarpit(b.ctx)
+	}
+}
+
+func (b *Broker) noteRefused(r session.Refusal) {
 	vm := r.VM
 	if vm == "" {
 		vm = r.Remote
@@ -277,6 +285,18 @@ func (b *Broker) Visible(vm string) func(*eventlog.Record) bool {
 type account struct {
 	*presence.VM
 	broker *Broker
+}
+
+// leastFrames is how many frames a second any guest may send, whatever they are: a
+// hundredth of what a processor can take in.
+const leastFrames = 10_000
+
+// Spend takes n frames off what the VM may make the broker look at: a multiple of
+// what it may publish, for it has to be told what is refused.
+func (a *account) Spend(n int) time.Duration {
+	r := a.broker.settings.Load().Rate
+	rate := max(leastFrames, 4*r.Records, 4*r.Bytes/1024)
+	return a.Frames.Spend(presence.Rate{Records: rate, Burst: rate, Bytes: 1}, n, time.Now())
 }
 
 // Allow takes a record off the VM's share of the broker.

@@ -11,11 +11,13 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/sirupsen/logrus"
 
 	"github.com/castrabus/castra/internal/presence"
+	"github.com/castrabus/castra/internal/statefile"
 	"github.com/castrabus/castra/internal/wire"
 )
 
@@ -110,25 +112,39 @@ func (r *recorder) reachableFile() string {
 
 // leftReachable reads that list.
 func (r *recorder) leftReachable() ([]string, error) {
-	data, err := os.ReadFile(r.reachableFile())
+	data, err := statefile.Read(r.reachableFile(), maxReachable, statefile.NoFollow)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
-	if err != nil {
-		return nil, err
-	}
 	var names []string
-	if err := json.Unmarshal(data, &names); err != nil {
+	if err == nil {
+		names, err = parseReachable(data)
+	}
+	if err != nil {
 		return nil, fmt.Errorf("%s: %w", r.reachableFile(), err)
 	}
-	return slices.DeleteFunc(names, func(name string) bool { return !wire.ValidName(name) }), nil
+	return names, nil
+}
+
+// maxReachable is more than the list of any number of VMs that there may be takes.
+const maxReachable = 64 << 20
+
+// parseReachable takes the list of names, without what are none.
+func parseReachable(data []byte) ([]string, error) {
+	var names []string
+	if err := json.Unmarshal(data, &names); err != nil {
+		return nil, err
+	}
+	names = slices.DeleteFunc(names, func(name string) bool { return !wire.ValidName(name) || wire.Reserved(name) })
+	slices.Sort(names)
+	return slices.Compact(names), nil
 }
 
 // run writes until ctx is done, and then what is left.
 func (r *recorder) run(ctx context.Context) {
 	files := [2]*rotated{
-		{path: filepath.Join(r.dir, "handshake-events.jsonl")},
-		{path: filepath.Join(r.dir, "bus-events.jsonl")},
+		{path: filepath.Join(r.dir, "handshake-events.jsonl"), log: r.log},
+		{path: filepath.Join(r.dir, "bus-events.jsonl"), log: r.log},
 	}
 	soon := time.NewTimer(time.Hour)
 	soon.Stop()
@@ -274,7 +290,13 @@ func replace(path string, data []byte) error {
 	if err := os.WriteFile(tmp, data, 0o640); err != nil {
 		return err
 	}
-	return os.Rename(tmp, path)
+	err := os.Rename(tmp, path)
+	if errors.Is(err, syscall.EISDIR) || errors.Is(err, fs.ErrExist) { // somebody made a directory of that name
+		if _, err = statefile.SetAside(path); err == nil {
+			err = os.Rename(tmp, path)
+		}
+	}
+	return err
 }
 
 func orEmpty(s []string) []string {
@@ -323,6 +345,7 @@ func busEvent(vm, session, reason, action, detail string, suppressed int) event 
 // rotated is a file of lines that is set aside when it is large.
 type rotated struct {
 	path string
+	log  *logrus.Logger
 	f    *os.File
 	size int64
 }
@@ -332,7 +355,10 @@ func (r *rotated) write(lines []byte) error {
 		return nil
 	}
 	if r.f == nil {
-		f, err := os.OpenFile(r.path, os.O_RDWR|os.O_CREATE|os.O_APPEND, 0o640)
+		f, moved, err := statefile.Append(r.path, 0o640)
+		if moved != "" {
+			r.log.WithFields(logrus.Fields{"file": r.path, "aside": moved}).Error("what is there is no file that castrad can use; it is set aside")
+		}
 		if err != nil {
 			return err
 		}

@@ -2,6 +2,7 @@ package eventlog
 
 import (
 	"errors"
+	"fmt"
 	"io"
 	"io/fs"
 	"os"
@@ -43,10 +44,46 @@ var OS FS = osFS{}
 
 type osFS struct{}
 
+var errNotRegular = errors.New("it is no regular file")
+
+// misplaced tells whether err says that something else is where a file should be.
+func misplaced(err error) bool {
+	return errors.Is(err, errNotRegular) || errors.Is(err, syscall.ELOOP) || errors.Is(err, syscall.EISDIR)
+}
+
+// setAside renames what is at path, so that there is room for a file and nothing is
+// lost, and gives its new name.
+func setAside(fsys FS, path string) (string, error) {
+	for i := 1; ; i++ {
+		name := fmt.Sprintf("%s.aside-%d", path, i)
+		f, err := fsys.OpenFile(name, os.O_RDONLY, 0)
+		if err == nil {
+			_ = f.Close()
+			continue
+		}
+		if misplaced(err) {
+			continue
+		}
+		if err := fsys.Rename(path, name); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return "", err
+		}
+		return name, nil
+	}
+}
+
 func (osFS) OpenFile(name string, flag int, perm fs.FileMode) (File, error) {
-	f, err := os.OpenFile(name, flag, perm)
+	// Somebody who edits the directories may leave a pipe, whose other end nobody
+	// opens, or a link that leads to a file of somebody else's.
+	f, err := os.OpenFile(name, flag|syscall.O_NONBLOCK|syscall.O_NOFOLLOW, perm)
 	if err != nil {
 		return nil, err
+	}
+	st, err := f.Stat()
+	if err == nil && !st.Mode().IsRegular() {
+		err = &fs.PathError{Op: "open", Path: name, Err: errNotRegular}
+	}
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
 	}
 	return osFile{f}, nil
 }

@@ -35,6 +35,7 @@ type idIndex struct {
 	fs      FS
 	dir     string
 	written func() uint64 // records up to here are in the files
+	aside   func(file, name string)
 
 	tables map[string]*idTable
 	used   list.List // of *idTable, most recently used first
@@ -60,7 +61,7 @@ type idAdded struct {
 }
 
 func newIDIndex(fsys FS, dir string, written func() uint64) *idIndex {
-	return &idIndex{fs: fsys, dir: dir, written: written, tables: make(map[string]*idTable)}
+	return &idIndex{fs: fsys, dir: dir, written: written, aside: func(string, string) {}, tables: make(map[string]*idTable)}
 }
 
 func hashID(id []byte) idKey {
@@ -139,11 +140,25 @@ func (x *idIndex) path(vm string) string { return filepath.Join(x.dir, vm+".ids"
 // load reads a VM's file; none is an empty table.
 func (x *idIndex) load(vm string) (*idTable, error) {
 	t := &idTable{vm: vm, seqs: make(map[idKey]uint64)}
-	data, err := readIDs(x.fs, x.path(vm))
+	data, err := x.read(vm)
 	for ; len(data) > 0; data = data[idEntry:] {
 		t.add(idKey(data), binary.BigEndian.Uint64(data[idHash:]))
 	}
 	return t, err
+}
+
+// read gives what is in a VM's file. What is in its place and is none is set aside.
+func (x *idIndex) read(vm string) ([]byte, error) {
+	path := x.path(vm)
+	data, err := readIDs(x.fs, path)
+	if !misplaced(err) {
+		return data, err
+	}
+	name, err := setAside(x.fs, path)
+	if err == nil {
+		x.aside(path, name)
+	}
+	return nil, err
 }
 
 // readIDs gives the whole entries of an id file whose numbers rise: a power
@@ -161,6 +176,8 @@ func readIDs(fsys FS, path string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
+	// Longer than that we do not make it.
+	size = min(size, idFile+maxBuffered)
 	data := make([]byte, size-size%idEntry)
 	if n, err := f.ReadAt(data, 0); err != nil && !errors.Is(err, io.EOF) {
 		return nil, err

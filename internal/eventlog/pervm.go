@@ -25,6 +25,9 @@ type PerVMOptions struct {
 	Owner func(topic []byte) (vm []byte, ok bool)
 	// OnError is called when copying fails and when it goes on (nil).
 	OnError func(error)
+	// OnAside is called when something that is no file was renamed, because a file
+	// belongs in its place.
+	OnAside func(file, name string)
 }
 
 const (
@@ -70,6 +73,9 @@ func openPerVM(l *Log, opts PerVMOptions) (*perVM, error) {
 		streams: make(map[string]*vmStream), unsynced: make(map[*vmStream]struct{}),
 	}
 	p.ids = newIDIndex(l.opts.FS, opts.IDDir, p.position.Load)
+	if opts.OnAside != nil {
+		p.ids.aside = opts.OnAside
+	}
 	for _, dir := range []string{opts.Dir, opts.IDDir} {
 		if err := l.opts.FS.MkdirAll(dir, dirPerm); err != nil {
 			return nil, err
@@ -297,6 +303,13 @@ type savedPosition struct {
 
 func (p *perVM) loadPosition() (uint64, error) {
 	f, err := p.log.opts.FS.OpenFile(p.opts.PositionFile, os.O_RDONLY, 0)
+	if misplaced(err) {
+		var name string
+		if name, err = setAside(p.log.opts.FS, p.opts.PositionFile); err == nil {
+			p.ids.aside(p.opts.PositionFile, name)
+			return 0, nil
+		}
+	}
 	if errors.Is(err, fs.ErrNotExist) {
 		return 0, nil
 	}

@@ -79,7 +79,7 @@ func (s *vmStream) load() error {
 		s.st.grown(end, g.modified)
 		s.last, s.size = max(last, g.first-1), end
 	}
-	ids, err := readIDs(s.st.fs, s.p.ids.path(s.vm))
+	ids, err := s.p.ids.read(s.vm)
 	if err != nil {
 		return err
 	}

@@ -55,6 +55,18 @@ func (b *Bucket) Reserve(r Rate, most time.Duration, now time.Time) (wait time.D
 	return wait, true
 }
 
+// Spend takes n records out of the bucket, whether or not it has them, and gives how
+// long its owner has to rest until nothing is owed.
+func (b *Bucket) Spend(r Rate, n int, now time.Time) (rest time.Duration) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.fill(r, now)
+	if b.records -= float64(n); b.records < 0 {
+		rest = time.Duration(min(-b.records/r.Records, maxSeconds) * float64(time.Second))
+	}
+	return rest
+}
+
 // maxSeconds keeps a wait within what a Duration can say.
 const maxSeconds = 1e9
 

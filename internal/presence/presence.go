@@ -38,8 +38,10 @@ type VM struct {
 	silent                    atomic.Bool  // the sweep found it so
 	published, limited        atomic.Uint64
 
-	// Limit is its share of what the broker takes, kept across its sessions.
-	Limit Bucket
+	// Limit is its share of what the broker takes, and Frames of what it looks at,
+	// kept across its sessions.
+	Limit, Frames Bucket
+	searching     atomic.Bool
 
 	// Under the table's lock:
 	reachable   bool
@@ -342,6 +344,13 @@ func (v *VM) Published(n int) {
 
 // Limited notes a publish refused for its rate.
 func (v *VM) Limited() { v.limited.Add(1) }
+
+// Search tells whether the VM may search the log: only where it is not doing so
+// already, be it for a session that has ended. SearchDone must follow.
+func (v *VM) Search() bool { return v.searching.CompareAndSwap(false, true) }
+
+// SearchDone tells that the search is over.
+func (v *VM) SearchDone() { v.searching.Store(false) }
 
 // Name gives the VM's name.
 func (v *VM) Name() string { return v.name }

@@ -33,7 +33,8 @@ type Broker interface {
 	Admit(ctx context.Context, s *Session, h wire.Hello, proven []byte) (Guest, Decision)
 	// Release notes that s has ended, and why.
 	Release(s *Session, end End)
-	// Refused records a handshake that granted nothing.
+	// Refused records a handshake that granted nothing. It may hold its answer back
+	// for a moment.
 	Refused(r Refusal)
 
 	// Append commits a batch of s's records, see [eventlog.Log.Append].
@@ -72,6 +73,13 @@ type Guest interface {
 	Allow(n int) (wait time.Duration)
 	// Published notes n records stored.
 	Published(n int)
+	// Spend takes the work that n small frames make off the VM's share, and gives
+	// how long to read nothing of it.
+	Spend(n int) (rest time.Duration)
+	// Search tells whether the VM may search the log backwards, which it may do
+	// once at a time. SearchDone must follow.
+	Search() bool
+	SearchDone()
 }
 
 // Refusal is a handshake that granted nothing.
@@ -160,6 +168,7 @@ type Session struct {
 	deliveries delivering
 	background sync.WaitGroup // searches of the log
 	ended      atomic.Pointer[End]
+	spent      int   // frames of the burst that is being read
 	noted      notes // what was recorded last of the limits that it runs into
 }
 

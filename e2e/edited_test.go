@@ -16,7 +16,7 @@ import (
 var edited = map[string]func(path string) error{
 	"garbage": func(path string) error { return os.WriteFile(path, []byte("\x00\xff{]garbage\n\x1b[31m"), 0o600) },
 	"empty":   func(path string) error { return os.WriteFile(path, nil, 0o600) },
-	"huge":    func(path string) error { return os.WriteFile(path, bytes.Repeat([]byte("[1,"), 30<<20), 0o600) },
+	"huge":    func(path string) error { return os.WriteFile(path, bytes.Repeat([]byte("[1,"), 1<<20), 0o600) },
 	"deep":    func(path string) error { return os.WriteFile(path, bytes.Repeat([]byte("["), 60_000), 0o600) },
 	"negative": func(path string) error {
 		return os.WriteFile(path, []byte(`{"c":{"topic":"t","next":-1},"seq":-5,"vm":-1}`), 0o600)

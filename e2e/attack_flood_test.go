@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -165,17 +166,25 @@ var floodAttacks = []struct {
 		}
 	}},
 	{"a flood of made-up names", func(t *testing.T, s *siege) {
-		for i := range 500 {
-			g, err := s.dial()
-			if err != nil {
-				t.Fatal(err)
-			}
-			fmt.Fprintf(g, "hello vm:guest-flood%d capabilities=bus-v1\n", i)
-			if line, err := g.line(); line != "error: unknown-vm" {
-				t.Errorf("answered %q, %v", line, err)
-			}
-			_ = g.Close()
+		s.refusesProof(t, func(_ *guestConn, _, _ string) string { return strings.Repeat("0", 64) })
+		var work sync.WaitGroup
+		for i := range 50 {
+			work.Go(func() {
+				for j := range 10 {
+					g, err := s.dial()
+					if err != nil {
+						t.Error(err)
+						return
+					}
+					fmt.Fprintf(g, "hello vm:guest-flood%d-%d capabilities=bus-v1\n", i, j)
+					if line, err := g.line(); line != "error: unknown-vm" {
+						t.Errorf("answered %q, %v", line, err)
+					}
+					_ = g.Close()
+				}
+			})
 		}
+		work.Wait()
 		st, err := s.status()
 		if err != nil || len(st.Refused) != 64 || !strings.Contains(fmt.Sprint(st.Refused), "{victim ") {
 			t.Errorf("those turned away are %d, the victim among them: %+v, %v", len(st.Refused), st.Refused, err)
@@ -203,7 +212,7 @@ var floodAttacks = []struct {
 						if strings.Contains(f, `"superseded"`) {
 							replaced.Add(1)
 						}
-						if ne, ok := err.(net.Error); !ok || !ne.Timeout() {
+						if !errors.Is(err, os.ErrDeadlineExceeded) {
 							break
 						}
 					}
@@ -306,7 +315,7 @@ var floodAttacks = []struct {
 			{"Tail", "BadTopic", []any{map[string]dbus.Variant{"topics": dbus.MakeVariant([]string{"a b"})}}},
 		} {
 			err := o.Call("org.castra.Bus1.Manager."+c.method, 0, c.args...).Err
-			e, ok := err.(dbus.Error)
+			e, ok := errors.AsType[dbus.Error](err)
 			if !ok || e.Name != "org.castra.Bus1.Error."+c.want {
 				t.Errorf("%s%.80v: %v, want %s", c.method, c.args, err, c.want)
 			}
@@ -323,8 +332,11 @@ var floodAttacks = []struct {
 			t.Fatal(err)
 		}
 		for _, args := range [][]string{
-			{"bus", "publish", "1"}, {"bus", "tail", "--no-follow"}, {"vm", "add", "guest-nobody", "--no-key"},
-			{"vm", "remove", "victim"}, {"vm", "rekey", "victim", "--key-out", "/dev/shm/castra-nobody.key"},
+			{"bus", "publish", "1"},
+			{"bus", "tail", "--no-follow"},
+			{"vm", "add", "guest-nobody", "--no-key"},
+			{"vm", "remove", "victim"},
+			{"vm", "rekey", "victim", "--key-out", "/dev/shm/castra-nobody.key"},
 		} {
 			out, err := s.asNobody(t, args...)
 			if err == nil || !strings.Contains(out, "group castra") {

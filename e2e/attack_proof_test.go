@@ -4,6 +4,7 @@ import (
 	"encoding/hex"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"strings"
 	"testing"
@@ -347,6 +348,10 @@ var slowAttacks = map[string]func(t *testing.T, s *siege){
 			t.Fatal(err)
 		}
 		defer g.Close()
+		// Or the kernel would take megabytes for him.
+		if err := g.Conn.(*net.TCPConn).SetReadBuffer(32 << 10); err != nil {
+			t.Fatal(err)
+		}
 		payload := s.write("large.json", "%q", strings.Repeat("x", 50_000))
 		for range 12 {
 			s.castractl("bus", "publish", "--topic", "a.large", "@"+payload)

@@ -186,7 +186,7 @@ func frameAttacks() []frameAttack {
 		return string([]byte{byte(n >> 24), byte(n >> 16), byte(n >> 8), byte(n)}) + f
 	}
 	nested := func(n int) string { return strings.Repeat("[", n) + strings.Repeat("]", n) }
-	var digits = strings.Repeat("7", 400)
+	digits := strings.Repeat("7", 400)
 	all := []frameAttack{
 		fatal("a length of 0", "\x00\x00\x00\x00"),
 		fatal("a length of 65,537", "\x00\x01\x00\x01"+strings.Repeat(" ", 65537)),

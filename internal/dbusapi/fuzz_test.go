@@ -22,8 +22,12 @@ func FuzzMessage(f *testing.F) {
 		f.Add(b.Bytes())
 	}
 	for _, args := range [][]any{
-		nil, {"web1"}, {[]string{"a", "b"}}, {"topic", `{"a":1}`, map[string]dbus.Variant{"id": dbus.MakeVariant("x"), "reply": dbus.MakeVariant(uint32(7))}},
-		{map[string]dbus.Variant{"lines": dbus.MakeVariant(uint64(1)), "topics": dbus.MakeVariant([]string{"t"})}}, {uint64(1), uint64(2)},
+		nil,
+		{"web1"},
+		{[]string{"a", "b"}},
+		{"topic", `{"a":1}`, map[string]dbus.Variant{"id": dbus.MakeVariant("x"), "reply": dbus.MakeVariant(uint32(7))}},
+		{map[string]dbus.Variant{"lines": dbus.MakeVariant(uint64(1)), "topics": dbus.MakeVariant([]string{"t"})}},
+		{uint64(1), uint64(2)},
 	} {
 		m := &dbus.Message{Type: dbus.TypeMethodCall, Headers: map[dbus.HeaderField]dbus.Variant{
 			dbus.FieldPath: dbus.MakeVariant(RootPath), dbus.FieldInterface: dbus.MakeVariant(ManagerInterface),

@@ -54,6 +54,43 @@ func TestAttacks(t *testing.T) {
 	}
 }
 
+// TestDescriptorExhaustion takes more connections than castrad may have descriptors.
+// Sessions, the log and newcomers go on.
+func TestDescriptorExhaustion(t *testing.T) {
+	s := besiege(t, "", "prlimit", "--nofile=128:128")
+	var held []*guestConn
+	for range 400 {
+		g, err := s.dial()
+		if err != nil {
+			continue // closed to make room, before it was greeted
+		}
+		defer g.Close()
+		held = append(held, g)
+	}
+	if len(held) < 200 {
+		t.Errorf("only %d connections were greeted", len(held))
+	}
+	s.honest.goesOn(t)
+	for range 5 {
+		g, _, err := s.join("victim", s.keys["victim"])
+		if err != nil {
+			t.Errorf("a newcomer: %v", err)
+			continue
+		}
+		_ = g.frame(`{"type":"subscribe","topic":"honest.work","from":"start"}`) // takes files to read
+		if f, err := g.receive(); !strings.Contains(f, `"status":"ok"`) {
+			t.Errorf("its subscription: %s, %v", f, err)
+		}
+		_ = g.Close()
+	}
+	s.limited(t, "max_handshakes", 1)
+	s.honest.intact()
+	log, err := os.ReadFile(s.path("castrad.log"))
+	if err != nil || strings.Count(string(log), "\n") > 100 || !strings.Contains(string(log), "LimitNOFILE") {
+		t.Errorf("castrad's log has %d lines (%v)", strings.Count(string(log), "\n"), err)
+	}
+}
+
 // nothingForged looks for what no attack may leave behind: files outside the
 // directories, or in them by another's name, lines of the log that a guest wrote.
 func (s *siege) nothingForged(t *testing.T) {

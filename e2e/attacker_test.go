@@ -34,10 +34,11 @@ type siege struct {
 	honest  *honestGuest
 }
 
-// besiege starts castrad with limits, the lines of that section, and the VMs:
+// besiege starts castrad, by the command wrap if there is one, with limits, the lines
+// of that section, and the VMs:
 // "honest" and "victim", whose keys the attacker has not, "mallory", whose key he
 // has, and "open", which has none.
-func besiege(t testing.TB, limits string) *siege {
+func besiege(t testing.TB, limits string, wrap ...string) *siege {
 	s := &siege{lab: newLab(t), keys: make(map[string][]byte)}
 	s.hostBus = s.bus("host")
 	s.port = freePort(t)
@@ -52,7 +53,8 @@ log_dir = %q
 [limits]
 %s
 `, s.port, s.path("vms.d"), s.path("state"), s.path("log"), limits)
-	s.castrad = s.startCastrad("castrad")
+	s.castrad = s.start("castrad", []string{"DBUS_SYSTEM_BUS_ADDRESS=" + s.hostBus},
+		append(wrap, bin(t, "castrad"), "--config", s.path("castrad.toml"))...)
 	s.answers()
 	for _, vm := range []string{"honest", "victim", "mallory"} {
 		s.keys[vm] = s.add(vm)

@@ -40,14 +40,15 @@ type rule struct {
 // rules is the whole of internal/. A new package is put here, on the lowest layer
 // that serves it, before anything else may import it.
 var rules = map[string]rule{
-	"backoff":  {layer: 0},
-	"bus":      {layer: 0},
-	"config":   {layer: 0, uses: []string{toml}},
-	"eventlog": {layer: 0},
-	"flags":    {layer: 0},
-	"logging":  {layer: 0, uses: []string{logrus, goSystemd}},
-	"sdnotify": {layer: 0, uses: []string{goSystemd, xsys}},
-	"wire":     {layer: 0},
+	"backoff":   {layer: 0},
+	"bus":       {layer: 0},
+	"config":    {layer: 0, uses: []string{toml}},
+	"eventlog":  {layer: 0},
+	"flags":     {layer: 0},
+	"logging":   {layer: 0, uses: []string{logrus, goSystemd}},
+	"sdnotify":  {layer: 0, uses: []string{goSystemd, xsys}},
+	"statefile": {layer: 0},
+	"wire":      {layer: 0},
 
 	// Below layer 2 nothing logs: errors and hooks tell those above.
 	"identity": {layer: 1},

@@ -52,6 +52,11 @@ func (b *Broker) announce() {
 			a.pending = mergeChanges(a.pending)
 			retry.Reset(announceRetry)
 		}
+		for _, name := range touched {
+			if !b.table.Has(name) {
+				b.records.handshake(name) // its file goes
+			}
+		}
 		b.tellWatchers(touched)
 	}
 }

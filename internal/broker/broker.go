@@ -40,6 +40,7 @@ type Options struct {
 	VMRetention   int64
 	RetentionAge  time.Duration
 	MaxHandshakes int // unfinished at once; beyond it the oldest is closed
+	UnsentBytes   int // what the kernel may hold of what a session was sent; 0: as it likes
 	Settings
 }
 
@@ -54,7 +55,8 @@ type Settings struct {
 	MaxSessions      int
 	MaxVMs           int
 	MaxSubscriptions int
-	Rate             presence.Rate
+	Rate             presence.Rate // of a guest's publishes
+	HandshakeRate    presence.Rate // of a VM's handshakes that are granted
 }
 
 // vmSegments is how many segments a VM's retention is cut into (contract 5).
@@ -70,6 +72,7 @@ type Broker struct {
 	cursors *cursors
 	began   time.Time
 
+	files    fileBudget
 	settings atomic.Pointer[Settings]
 	health   health
 
@@ -81,6 +84,10 @@ type Broker struct {
 	handshakes handshakes
 	listeners  atomic.Pointer[[]*listener] // replaced, never changed in place
 	acked      ackMemory
+	strangers  presence.Bucket
+	refusals   presence.Bucket
+	limited    limitCounts
+	shares     shares
 	left       []presence.Change // what a castrad that was killed had no time to say
 	scans      chan struct{}     // see session.Options.Scans
 
@@ -103,9 +110,10 @@ func Open(opts Options) (*Broker, error) {
 	b := &Broker{opts: opts, log: opts.Log, began: time.Now(), scans: make(chan struct{}, maxScans)}
 	settings := opts.Settings
 	b.settings.Store(&settings)
-	b.table = presence.New(tableOptions(settings))
+	b.files = openFiles()
+	b.table = presence.New(b.tableOptions(settings))
 	b.topics.init()
-	b.handshakes.max = opts.MaxHandshakes
+	b.handshakes.max = b.files.handshakes(opts.MaxHandshakes)
 	b.health.changed = make(chan struct{}, 1)
 	var err error
 	if b.records, err = openRecorder(filepath.Join(opts.StateDir, "handshakes"), b.table, opts.Log); err != nil {
@@ -127,6 +135,10 @@ func Open(opts Options) (*Broker, error) {
 	for _, e := range opts.Registry.List() {
 		b.table.Know(e.Name)
 	}
+	if most := b.files.sessions(settings.MaxSessions); most < settings.MaxSessions {
+		b.log.WithField("limit", limitOpenFiles).
+			Warnf("castrad may have %d open files: no more than %d of limits.max_sessions can be connected; raise LimitNOFILE= of castrad.service", b.files.total, most)
+	}
 	b.ctx, b.cancel = context.WithCancel(context.Background())
 	b.ctx2, b.cancel2 = context.WithCancel(context.Background())
 	b.work.Go(func() { b.records.run(b.ctx2) })
@@ -140,8 +152,20 @@ func Open(opts Options) (*Broker, error) {
 // a disk busy, and leave the processors to the others.
 const maxScans = 2
 
-func tableOptions(s Settings) presence.Options {
-	return presence.Options{ReachableWithin: s.ReachableWithin, SessionTimeout: s.SessionTimeout, MaxVMs: s.MaxVMs, MaxSessions: s.MaxSessions}
+// newVMs is how many more names than may be remembered can appear at once where
+// unknown ones are accepted, and how many a second after that: each announces
+// itself to the host and leaves a stream behind.
+const (
+	newVMsBurst = 1000
+	newVMsRate  = 10
+)
+
+func (b *Broker) tableOptions(s Settings) presence.Options {
+	return presence.Options{
+		ReachableWithin: s.ReachableWithin, SessionTimeout: s.SessionTimeout, MaxVMs: s.MaxVMs,
+		NewVMs:      presence.Rate{Records: newVMsRate, Burst: float64(s.MaxVMs + newVMsBurst), Bytes: 1},
+		MaxSessions: b.files.sessions(s.MaxSessions),
+	}
 }
 
 func (b *Broker) openLog() error {
@@ -157,6 +181,9 @@ func (b *Broker) openLog() error {
 			SegmentSize:  max(64<<10, o.VMRetention/vmSegments), Retention: o.VMRetention, MaxAge: o.RetentionAge,
 			Sender: bus.HostVM, Owner: topicOwner,
 			OnError: func(err error) { b.note(partVMStreams, err) },
+			OnAside: func(file, name string) {
+				b.log.WithFields(logrus.Fields{"file": file, "aside": name}).Error("what is there is no file that castrad can use; it is set aside")
+			},
 		},
 		OnCommit: b.committed,
 		OnState:  func(s eventlog.State) { b.note(partLog, s.Err) },
@@ -190,7 +217,7 @@ func topicOwner(topic []byte) ([]byte, bool) {
 // whose key has changed end.
 func (b *Broker) Configure(s Settings) ([]identity.Problem, error) {
 	b.settings.Store(&s)
-	b.table.Configure(tableOptions(s))
+	b.table.Configure(b.tableOptions(s))
 	b.admission.Lock()
 	before := b.opts.Registry.List()
 	problems, err := b.opts.Registry.Reload()
@@ -262,6 +289,7 @@ func (b *Broker) sweep() {
 		select {
 		case <-t.C:
 			b.table.Sweep()
+			b.tellWithheld()
 		case <-b.ctx2.Done():
 			t.Stop()
 			return

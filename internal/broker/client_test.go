@@ -34,7 +34,8 @@ func testOptions(t testing.TB, dir string) Options {
 		Settings: Settings{
 			AcceptUnknown: true, HandshakeTimeout: 5 * time.Second, SessionTimeout: time.Minute, ReachableWithin: 45 * time.Second,
 			MaxSessions: 1000, MaxVMs: 1000, MaxSubscriptions: 16,
-			Rate: presence.Rate{Records: 1e6, Burst: 1e6, Bytes: 1e9},
+			Rate:          presence.Rate{Records: 1e6, Burst: 1e6, Bytes: 1e9},
+			HandshakeRate: presence.Rate{Records: 10, Burst: 100, Bytes: 1},
 		},
 	}
 }

@@ -15,6 +15,8 @@ import (
 
 	"github.com/castrabus/castra/internal/bus"
 	"github.com/castrabus/castra/internal/session"
+	"github.com/castrabus/castra/internal/statefile"
+	"github.com/castrabus/castra/internal/wire"
 )
 
 const (
@@ -71,6 +73,9 @@ func (b *Broker) OpenCursor(sub *session.Subscription, start uint64) (uint64, er
 	next, lost, err := b.cursors.open(vm, name, sub.Topic(), start, end)
 	if err != nil {
 		b.Unsubscribe(sub)
+		if refusal, ok := errors.AsType[*bus.Error](err); ok && refusal.Code == bus.CodeInternal && b.shares.take(noteLog, vm, b.registered(vm), "", "") {
+			b.log.WithField("vm", vm).Errorf("%s; its subscriptions with a cursor are refused until the file is mended or moved away", refusal.Reason)
+		}
 		return 0, err
 	}
 	if lost > 0 {
@@ -93,7 +98,7 @@ func (c *cursors) open(vm, name, topic string, start, end uint64) (next, lost ui
 	v.file.Lock()
 	defer v.file.Unlock()
 	if err := c.load(v); err != nil {
-		return 0, 0, bus.Errorf(bus.CodeInternal, "reading the cursors of %s: %v", vm, err)
+		return 0, 0, bus.Errorf(bus.CodeInternal, "reading the cursors in %s: %v", v.path, err)
 	}
 	c.mu.Lock()
 	cur := v.all[name]
@@ -136,25 +141,39 @@ func (c *cursors) load(v *vmCursors) error {
 		return nil
 	}
 	all := make(map[string]*cursor)
-	data, err := os.ReadFile(v.path)
+	data, err := statefile.Read(v.path, maxCursorFile, statefile.NoFollow)
 	if err == nil {
-		err = json.Unmarshal(data, &all)
+		all, err = parseCursors(data)
 	}
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	for name, cur := range all {
-		if cur == nil { // somebody edited the file
-			delete(all, name)
-		}
-	}
 	c.mu.Lock()
-	if v.all = all; all == nil {
-		v.all = make(map[string]*cursor)
-	}
+	v.all = all
 	c.mu.Unlock()
 	v.loaded = true
 	return nil
+}
+
+// maxCursorFile is more than maxCursors cursors take.
+const maxCursorFile = 1 << 20
+
+// parseCursors takes a VM's file. What no subscription could ever ask for is left
+// out; what is no list of cursors is an error, for they may be somebody's.
+func parseCursors(data []byte) (map[string]*cursor, error) {
+	var all map[string]*cursor
+	if err := json.Unmarshal(data, &all); err != nil {
+		return nil, err
+	}
+	if all == nil {
+		all = make(map[string]*cursor)
+	}
+	for name, cur := range all {
+		if cur == nil || !wire.ValidSubName(name) {
+			delete(all, name)
+		}
+	}
+	return all, nil
 }
 
 // save replaces a VM's file durably. Call with it held.

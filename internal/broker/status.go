@@ -23,6 +23,7 @@ func (b *Broker) Status(names []string) bus.Status {
 			UnknownVMs: "reject", Sync: b.opts.SyncName,
 			HeadSeq:  b.events.Committed(),
 			Sessions: sessions, Reachable: reachable, Registered: b.opts.Registry.Len(),
+			Limited: b.limited.snapshot(),
 		},
 		VMs:     b.describe(names),
 		Refused: b.table.Refused(),

@@ -113,6 +113,9 @@ type Broker struct {
 	// SpoolReason says why it is not on disk, or why the disk takes nothing just now.
 	SpoolReason string `json:"spool_reason,omitempty"`
 	ConnectedTo string `json:"connected_to,omitempty"` // guest: the host's address while a session is up
+	// Limited counts how often each limit was reached since castrad started, by
+	// its key under [limits]; those that never were are left out.
+	Limited map[string]uint64 `json:"limited"`
 }
 
 // Fault is something that keeps a daemon from all that it promises. It ends by
@@ -147,7 +150,9 @@ type VM struct {
 	Published          uint64   `json:"published"`    // records accepted since castrad started
 	RateLimited        uint64   `json:"rate_limited"` // publishes refused since castrad started
 	LastLimitedAgeMS   *int64   `json:"last_limited_age_ms"`
-	Forwards           []string `json:"forwards"` // as registered: "tcp:HOST:GUEST"
+	Superseded         uint64   `json:"superseded"` // live sessions that a newer one replaced since castrad started
+	Contended          bool     `json:"contended"`  // two guests with this identity keep replacing each other
+	Forwards           []string `json:"forwards"`   // as registered: "tcp:HOST:GUEST"
 }
 
 // Refused is a name that was turned away lately.

@@ -261,8 +261,8 @@ func (d *daemon) noteRestart(cfg config.Host) {
 	b := cfg.Broker
 	b.UnknownVMs, b.GuestTopics = d.cfg.Broker.UnknownVMs, d.cfg.Broker.GuestTopics
 	b.HandshakeTimeout, b.SessionTimeout, b.ReachableWithin = d.cfg.Broker.HandshakeTimeout, d.cfg.Broker.SessionTimeout, d.cfg.Broker.ReachableWithin
-	if cfg.Store != d.cfg.Store || !reflect.DeepEqual(b, d.cfg.Broker) || cfg.Limits.MaxHandshakes != d.cfg.Limits.MaxHandshakes {
-		d.log.Warn("changes of [store], broker.listen, broker.vms_dir or limits.max_handshakes take effect at the next start: systemctl restart castrad")
+	if cfg.Store != d.cfg.Store || !reflect.DeepEqual(b, d.cfg.Broker) || cfg.Limits.MaxHandshakes != d.cfg.Limits.MaxHandshakes || cfg.Limits.UnsentBytes != d.cfg.Limits.UnsentBytes {
+		d.log.Warn("changes of [store], broker.listen, broker.vms_dir, limits.max_handshakes or limits.unsent_bytes take effect at the next start: systemctl restart castrad")
 	}
 }
 

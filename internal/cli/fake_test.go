@@ -155,6 +155,7 @@ func testStatus() bus.Status {
 			Kind:   "host", Version: "0.1.0", State: "running", PID: 812, UptimeMS: 11_520_000,
 			Listen: []string{"127.0.0.1:7070"}, LogDir: "/var/log/castra", StateDir: "/var/lib/castra",
 			UnknownVMs: "reject", Sync: "always", HeadSeq: 1042, OldestSeq: 1, Sessions: 2, Registered: 4, Reachable: 2,
+			Limited: map[string]uint64{"publish_rate": 7, "max_handshakes": 1200},
 		},
 		VMs: []bus.VM{
 			{
@@ -162,7 +163,7 @@ func testStatus() bus.Status {
 				LastHandshakeAgeMS: ms(12), LastHeartbeatAgeMS: ms(3), BusSubscribed: false,
 				Session: "sess-0123456789abcdef0123456789abcdef", RemoteAddr: "127.0.0.1:40001",
 			},
-			{VM: "new1", State: "unreachable", Reason: "never-seen", Registered: true},
+			{VM: "new1", State: "unreachable", Reason: "never-seen", Registered: true, Superseded: 9, Contended: true},
 			{
 				VM: "the-name-of-a-machine-of-the-longest-sort-that-anybody-uses-0001", State: "unreachable", Reason: "silent",
 				Registered: true, LastHandshakeAgeMS: ms(3 * 86400), LastPublishAgeMS: ms(200 * 86400), LastHeartbeatAgeMS: ms(47*3600 + 59*60),

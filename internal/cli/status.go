@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -117,7 +119,7 @@ func (f *Factory) absent(ctx context.Context, err error) error {
 // idleStatus is what is true of a bus whose daemon has not been needed yet.
 func idleStatus() bus.Status {
 	return bus.Status{
-		Broker:  bus.Broker{Kind: "host", State: "idle", Listen: []string{}, Faults: []bus.Fault{}},
+		Broker:  bus.Broker{Kind: "host", State: "idle", Listen: []string{}, Faults: []bus.Fault{}, Limited: map[string]uint64{}},
 		VMs:     []bus.VM{},
 		Refused: []bus.Refused{},
 	}
@@ -165,6 +167,9 @@ func (f *Factory) writeBroker(w io.Writer, b *bus.Broker) error {
 		lines.WriteString(f.spoolLine(b))
 	} else {
 		fmt.Fprintf(&lines, "VMs reachable: %d, registered: %d, sessions: %d, newest record: %d\n", b.Reachable, b.Registered, b.Sessions, b.HeadSeq)
+		if len(b.Limited) > 0 {
+			fmt.Fprintf(&lines, "%s %s\n", f.IO.paint(yellow, "limits reached:"), escape(reached(b.Limited)))
+		}
 		fmt.Fprintf(&lines, "listening on %s, records in %s\n", escape(strings.Join(b.Listen, ", ")), escape(b.LogDir))
 	}
 	for _, fault := range b.Faults {
@@ -217,6 +222,15 @@ func stateStyle(state string) style {
 	return yellow
 }
 
+// reached lists how often each limit was reached, in the order of their names.
+func reached(limited map[string]uint64) string {
+	var all []string
+	for _, name := range slices.Sorted(maps.Keys(limited)) {
+		all = append(all, fmt.Sprintf("%s %d times", name, limited[name]))
+	}
+	return strings.Join(all, ", ")
+}
+
 func (f *Factory) writeVMs(w io.Writer, vms []bus.VM) error {
 	t := table{columns: []column{
 		{title: "VM", yield: cutMiddle},
@@ -239,11 +253,31 @@ func (f *Factory) writeVMs(w io.Writer, vms []bus.VM) error {
 	if err := t.write(w, &f.IO, !f.NoLegend); err != nil {
 		return err
 	}
-	if f.NoLegend {
-		return nil
+	var lines strings.Builder
+	if !f.NoLegend {
+		fmt.Fprintln(&lines, f.IO.paint(faint, "HANDSHAKE, PUBLISH, HEARTBEAT: time since the last one, - if there was none."))
 	}
-	_, err := fmt.Fprint(w, f.IO.paint(faint, "HANDSHAKE, PUBLISH, HEARTBEAT: time since the last one, - if there was none."), "\n")
+	f.addContended(&lines, vms)
+	_, err := io.WriteString(w, lines.String())
 	return err
+}
+
+// addContended names the VMs that are more than one guest.
+func (f *Factory) addContended(lines *strings.Builder, vms []bus.VM) {
+	first := !f.NoLegend
+	for _, vm := range vms {
+		if !vm.Contended {
+			continue
+		}
+		if first {
+			lines.WriteString("\nTwo guests, as clones do, keep replacing each other as\n")
+			first = false
+		}
+		fmt.Fprintf(lines, "  %s  %d times\n", f.IO.paint(bold, escape(vm.VM)), vm.Superseded)
+		if !f.Quiet {
+			lines.WriteString("      give one of them a name and a key of its own: castractl vm add NAME\n")
+		}
+	}
 }
 
 func vmStyle(vm *bus.VM) style {

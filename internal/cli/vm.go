@@ -168,6 +168,7 @@ func writeVM(w io.Writer, vm *bus.VM) error {
 		{"Lag", number(vm.Lag)},
 		{"Published", number(vm.Published)},
 		{"Rate limited", limited},
+		{"Superseded", superseded(vm)},
 		{"Forwards", strings.Join(vm.Forwards, " ")},
 	} {
 		value := escape(row[1])
@@ -178,6 +179,14 @@ func writeVM(w io.Writer, vm *bus.VM) error {
 	}
 	_, err := io.WriteString(w, b.String())
 	return err
+}
+
+func superseded(vm *bus.VM) string {
+	text := strconv.FormatUint(vm.Superseded, 10)
+	if vm.Contended {
+		text += " (two guests have this identity and keep replacing each other)"
+	}
+	return text
 }
 
 // lookUp asks for the state of VMs without starting castrad; a name that is not

@@ -213,7 +213,7 @@ type fakeBus struct {
 
 func newFakeBus(vms ...bus.VM) *fakeBus {
 	f := &fakeBus{
-		broker:   bus.Broker{Kind: "host", Version: "1.2.3", State: "running", Sync: "always", LogDir: "/l\xffog", StateDir: "/state", Listen: []string{"127.0.0.1:7070"}, HeadSeq: 42, Sessions: 3},
+		broker:   bus.Broker{Kind: "host", Version: "1.2.3", State: "running", Sync: "always", LogDir: "/l\xffog", StateDir: "/state", Listen: []string{"127.0.0.1:7070"}, HeadSeq: 42, Sessions: 3, Limited: map[string]uint64{"max_vms": 1}},
 		vms:      make(map[string]bus.VM),
 		watchers: make(map[int]func(bus.VM, bool)),
 	}

@@ -120,6 +120,9 @@ var descriptions = map[string]string{
   <property name="HeadSeq" type="t" access="read">
    <annotation name="org.freedesktop.DBus.Property.EmitsChangedSignal" value="false"/>
   </property>
+  <property name="Limited" type="a{st}" access="read">
+   <annotation name="org.freedesktop.DBus.Property.EmitsChangedSignal" value="false"/>
+  </property>
  </interface>
 `,
 	VMInterface: ` <interface name="org.castra.Bus1.VM">
@@ -153,6 +156,10 @@ var descriptions = map[string]string{
   <property name="RateLimited" type="t" access="read">
    <annotation name="org.freedesktop.DBus.Property.EmitsChangedSignal" value="false"/>
   </property>
+  <property name="Superseded" type="t" access="read">
+   <annotation name="org.freedesktop.DBus.Property.EmitsChangedSignal" value="false"/>
+  </property>
+  <property name="Contended" type="b" access="read"/>
  </interface>
 `,
 }

@@ -27,6 +27,7 @@ var managerProperties = []property[bus.Broker]{
 	{"Listen", false, func(b *bus.Broker, _ time.Time) any { return texts(b.Listen) }},
 	{"Sessions", false, func(b *bus.Broker, _ time.Time) any { return uint32(b.Sessions) }},
 	{"HeadSeq", false, func(b *bus.Broker, _ time.Time) any { return b.HeadSeq }},
+	{"Limited", false, func(b *bus.Broker, _ time.Time) any { return counts(b.Limited) }},
 }
 
 var vmProperties = []property[bus.VM]{
@@ -44,6 +45,8 @@ var vmProperties = []property[bus.VM]{
 	{"Lag", false, func(vm *bus.VM, _ time.Time) any { return vm.Lag }},
 	{"Published", false, func(vm *bus.VM, _ time.Time) any { return vm.Published }},
 	{"RateLimited", false, func(vm *bus.VM, _ time.Time) any { return vm.RateLimited }},
+	{"Superseded", false, func(vm *bus.VM, _ time.Time) any { return vm.Superseded }},
+	{"Contended", true, func(vm *bus.VM, _ time.Time) any { return vm.Contended }},
 }
 
 // timestamp is when something of that age was, in microseconds since 1970; 0 for
@@ -72,6 +75,14 @@ func texts(in []string) []string {
 		out[i] = text(s)
 	}
 	return out
+}
+
+// counts gives in, also where it is nil.
+func counts(in map[string]uint64) map[string]uint64 {
+	if in == nil {
+		return map[string]uint64{}
+	}
+	return in
 }
 
 // all gives the properties of one object.

@@ -28,6 +28,7 @@ func TestSignals(t *testing.T) {
 		"Name": "web-1", "Reachable": false, "State": "unreachable", "Session": "", "RemoteAddress": "", "Subscriptions": []string{},
 		"Registered": true, "Keyed": false, "LastHandshakeTimestamp": uint64(0), "LastPublishTimestamp": uint64(0),
 		"LastHeartbeatTimestamp": uint64(0), "Lag": uint64(0), "Published": uint64(0), "RateLimited": uint64(0),
+		"Superseded": uint64(0), "Contended": false,
 	})})
 	expect(RootPath, ManagerInterface+".VMNew", "web-1", path)
 

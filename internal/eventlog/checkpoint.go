@@ -65,7 +65,7 @@ type savedPosition struct {
 
 func (p *perVM) loadPosition() (savedPosition, error) {
 	var none savedPosition
-	f, err := p.log.opts.FS.OpenFile(p.opts.PositionFile, os.O_RDONLY, 0)
+	f, err := openOwn(p.log.opts.FS, p.opts.PositionFile, os.O_RDONLY, p.opts.OnAside)
 	if errors.Is(err, fs.ErrNotExist) {
 		return none, nil
 	}

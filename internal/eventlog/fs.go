@@ -2,6 +2,7 @@ package eventlog
 
 import (
 	"errors"
+	"fmt"
 	"io"
 	"io/fs"
 	"os"
@@ -43,10 +44,63 @@ var OS FS = osFS{}
 
 type osFS struct{}
 
-func (osFS) OpenFile(name string, flag int, perm fs.FileMode) (File, error) {
-	f, err := os.OpenFile(name, flag, perm)
+var errNotRegular = errors.New("it is no regular file")
+
+// misplaced tells whether err says that something else is where a file should be.
+func misplaced(err error) bool {
+	return errors.Is(err, errNotRegular) || errors.Is(err, syscall.ELOOP) || errors.Is(err, syscall.EISDIR)
+}
+
+// setAside renames what is at path, so that there is room for a file and nothing is
+// lost, and gives its new name.
+func setAside(fsys FS, path string) (string, error) {
+	for i := 1; ; i++ {
+		name := fmt.Sprintf("%s.aside-%d", path, i)
+		f, err := fsys.OpenFile(name, os.O_RDONLY, 0)
+		if err == nil {
+			_ = f.Close()
+			continue
+		}
+		if misplaced(err) {
+			continue
+		}
+		if err := fsys.Rename(path, name); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return "", err
+		}
+		return name, nil
+	}
+}
+
+// openOwn opens a file that nobody but castrad makes. What stands in its place and
+// is none is set aside, of which told is told if it is not nil; there is no file then.
+func openOwn(fsys FS, path string, flag int, told func(file, name string)) (File, error) {
+	f, err := fsys.OpenFile(path, flag, filePerm)
+	if !misplaced(err) {
+		return f, err
+	}
+	name, err := setAside(fsys, path)
 	if err != nil {
 		return nil, err
+	}
+	if told != nil {
+		told(path, name)
+	}
+	return nil, &fs.PathError{Op: "open", Path: path, Err: fs.ErrNotExist}
+}
+
+func (osFS) OpenFile(name string, flag int, perm fs.FileMode) (File, error) {
+	// Somebody who edits the directories may leave a pipe, whose other end nobody
+	// opens, or a link that leads to a file of somebody else's.
+	f, err := os.OpenFile(name, flag|syscall.O_NONBLOCK|syscall.O_NOFOLLOW, perm)
+	if err != nil {
+		return nil, err
+	}
+	st, err := f.Stat()
+	if err == nil && !st.Mode().IsRegular() {
+		err = &fs.PathError{Op: "open", Path: name, Err: errNotRegular}
+	}
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
 	}
 	return osFile{f}, nil
 }
@@ -111,15 +165,16 @@ func (f osFile) control(op string, call func(fd int) error) error {
 func makeDir(fsys FS, dir string) error {
 	parent := filepath.Dir(dir)
 	d, err := fsys.OpenFile(dir, os.O_RDONLY, 0)
-	existed := err == nil
-	if existed {
+	if err == nil {
 		err = d.Close()
-	} else if errors.Is(err, fs.ErrNotExist) && parent != dir {
+	}
+	existed := err == nil || misplaced(err)
+	if errors.Is(err, fs.ErrNotExist) && parent != dir {
 		if err = makeDir(fsys, parent); err == nil {
 			err = fsys.Mkdir(dir, dirPerm)
 		}
 	}
-	if err != nil {
+	if err != nil && !existed {
 		return err
 	}
 	// Also where it was there: whoever made it may have been killed before this.

@@ -46,6 +46,7 @@ type idIndex struct {
 	// written tells how far the files go, and whether they hold all that has
 	// ever been in them: after a failed sync they are written anew.
 	written func() (upTo uint64, whole bool)
+	aside   func(file, name string) // see PerVMOptions.OnAside
 
 	loads chan struct{} // has room for idLoads
 
@@ -135,7 +136,7 @@ func (x *idIndex) load(t *idTable, holding bool) {
 	x.loads <- struct{}{}
 	defer func() { <-x.loads }()
 	_, before := x.written()
-	data, err := readIDs(x.fs, x.path(t.vm), x.window)
+	data, err := x.read(t.vm, x.window)
 	_, after := x.written()
 	switch {
 	case err != nil:
@@ -281,16 +282,17 @@ func (x *idIndex) rollback() {
 
 // endOfIDs gives where the newest entry of at most upTo ends in a file of ids.
 func endOfIDs(f File, size int64, upTo uint64) (int64, error) {
-	data, err := risingIDs(f, 0, size)
+	const longest = 2*idWindow*idEntry + maxBuffered // what is behind it is not ours
+	data, err := risingIDs(f, 0, min(size, longest))
 	n := sort.Search(len(data)/idEntry, func(i int) bool {
 		return binary.BigEndian.Uint64(data[i*idEntry+idHash:]) > upTo
 	})
 	return int64(n * idEntry), err
 }
 
-// readIDs gives the newest n entries of an id file; no file has none.
-func readIDs(fsys FS, path string, n int) ([]byte, error) {
-	f, err := fsys.OpenFile(path, os.O_RDONLY, 0)
+// read gives the newest n entries of a VM's file; no file has none.
+func (x *idIndex) read(vm string, n int) ([]byte, error) {
+	f, err := openOwn(x.fs, x.path(vm), os.O_RDONLY, x.aside)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}

@@ -23,6 +23,9 @@ type PerVMOptions struct {
 	Owner func(topic []byte) (vm []byte, ok bool)
 	// OnError is called when copying fails and when it goes on (nil).
 	OnError func(error)
+	// OnAside is called when something that is no file was renamed, because a file
+	// belongs in its place.
+	OnAside func(file, name string)
 
 	idWindow int // 0: idWindow
 }
@@ -81,6 +84,7 @@ func openPerVM(l *Log, opts PerVMOptions) (*perVM, error) {
 		streams: make(map[string]*vmStream), quiet: l.startedAt,
 	}
 	p.ids = newIDIndex(l.opts.FS, opts.IDDir, l.opts.StallAfter, p.filesHold)
+	p.ids.aside = opts.OnAside
 	if opts.idWindow > 0 {
 		p.ids.window = opts.idWindow
 	}

@@ -99,7 +99,7 @@ func (s *vmStream) load(upTo uint64) error {
 
 // loadIDs is load for the file of ids.
 func (s *vmStream) loadIDs(upTo uint64) (cut bool, err error) {
-	f, err := s.st.fs.OpenFile(s.p.ids.path(s.vm), os.O_RDWR, filePerm)
+	f, err := openOwn(s.st.fs, s.p.ids.path(s.vm), os.O_RDWR, s.p.ids.aside)
 	if errors.Is(err, fs.ErrNotExist) {
 		return false, nil
 	}
@@ -276,7 +276,7 @@ func (s *vmStream) flushIDs() error {
 	}
 	fsys, path, window := s.st.fs, s.p.ids.path(s.vm), int64(s.p.ids.window*idEntry)
 	if s.idSize+int64(len(s.ids)) > 2*window {
-		keep, err := readIDs(fsys, path, s.p.ids.window)
+		keep, err := s.p.ids.read(s.vm, s.p.ids.window)
 		if err != nil {
 			return err
 		}

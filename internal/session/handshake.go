@@ -29,10 +29,12 @@ const (
 // Serve runs a connection from greeting to close. It returns when the
 // connection is closed, and ends the session when ctx is done.
 func Serve(ctx context.Context, conn Conn, b Broker, opts Options) {
-	h := handshake{ctx: ctx, conn: conn, broker: b, opts: opts, remote: conn.RemoteAddr().String()}
+	shaking, done := context.WithTimeout(ctx, opts.HandshakeTimeout)
+	h := handshake{ctx: shaking, conn: conn, broker: b, opts: opts, remote: conn.RemoteAddr().String()}
 	hangUp := context.AfterFunc(ctx, func() { _ = conn.Close() }) // nothing is owed to who has not said hello
 	s, early := h.run()
 	hangUp()
+	done()
 	if s == nil {
 		linger(conn)
 		return
@@ -117,7 +119,7 @@ func (h *handshake) challenge(key []byte) string {
 
 // attend answers a guest that only shakes hands.
 func (h *handshake) attend() {
-	if d := h.broker.Attend(h.hello, h.remote); d.Refuse != "" {
+	if d := h.broker.Attend(h.ctx, h.hello, h.remote); d.Refuse != "" {
 		h.refuse(d.Refuse)
 		return
 	}

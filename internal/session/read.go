@@ -119,6 +119,30 @@ func (s *Session) read(early []byte) error {
 			rest = nil // an idle session holds no buffer
 		}
 		workspaces.Put(ws)
+		s.rest()
+	}
+}
+
+const (
+	// subscriptionCost is how many frames' work a change of subscriptions is.
+	subscriptionCost = 100
+	// bytesCost is how many bytes of a frame are another frame's work.
+	bytesCost = 1 << 10
+	// restReads is how many reads of one frame are counted together.
+	restReads = 256
+	// restStep is how soon a session that rests notices that it has ended.
+	restStep = 50 * time.Millisecond
+)
+
+// rest reads nothing for as long as the guest has made more work than is its share:
+// what it sends meanwhile waits at its own end of the connection.
+func (s *Session) rest() {
+	spent := s.spent
+	if s.spent = 0; spent == 0 {
+		return
+	}
+	for left := s.guest.Spend(spent); left > 0 && s.ended.Load() == nil; left -= restStep {
+		time.Sleep(min(left, restStep))
 	}
 }
 
@@ -167,6 +191,9 @@ func (s *Session) complete(rest []byte) ([]byte, error) {
 			return nil, err
 		}
 		rest = room[:len(rest)+n]
+		if s.spent++; s.spent >= restReads { // each takes a system call, be it for one byte
+			s.rest()
+		}
 	}
 }
 
@@ -210,6 +237,7 @@ func (s *Session) burst(ws **workspace, data []byte) (left []byte, err error) {
 			s.guest.Heard() // a frame is a sign of life, a byte of one is not
 		}
 		w := *ws
+		s.spent += len(frame) / bytesCost
 		if err == nil {
 			err = w.dec.Decode(frame, &w.msg)
 		}
@@ -232,6 +260,10 @@ func (s *Session) frame(ws **workspace, rest []byte) ([]byte, error) {
 	w := *ws
 	m := &w.msg
 	kind := ackKind(m)
+	s.spent++
+	if m.Type == wire.TypeSubscribe || m.Type == wire.TypeUnsubscribe {
+		s.spent += subscriptionCost - 1
+	}
 	refuseFrame := func(code bus.Code, reason string) ([]byte, error) {
 		w.acks = append(w.acks, reply{ack: wire.Ack{Kind: kind, Code: string(code), Reason: reason, Topic: w.keep(m.Topic), ID: w.keep(m.ID)}, entry: -1})
 		return rest, nil

@@ -25,14 +25,16 @@ type Broker interface {
 	// Decide says what to answer to a hello: whether it is to be refused, and
 	// with which key it must prove its name, if any.
 	Decide(h wire.Hello) Decision
-	// Attend notes the ok given to a handshake-only guest.
-	Attend(h wire.Hello, remote string) Decision
+	// Attend notes the ok given to a handshake-only guest. Like Admit it may make
+	// the guest wait, until ctx is done at most.
+	Attend(ctx context.Context, h wire.Hello, remote string) Decision
 	// Admit makes s the session of its VM, which ends the one before. proven is
 	// the key that the guest has proved to hold, nil if none was asked for.
 	Admit(ctx context.Context, s *Session, h wire.Hello, proven []byte) (Guest, Decision)
 	// Release notes that s has ended, and why.
 	Release(s *Session, end End)
-	// Refused records a handshake that granted nothing.
+	// Refused records a handshake that granted nothing. It may hold its answer back
+	// for a moment.
 	Refused(r Refusal)
 
 	// Append commits a batch of s's records, see [eventlog.Log.Append].
@@ -71,6 +73,13 @@ type Guest interface {
 	Allow(n int) (wait time.Duration)
 	// Published notes n records stored.
 	Published(n int)
+	// Spend takes the work that n small frames make off the VM's share, and gives
+	// how long to read nothing of it.
+	Spend(n int) (rest time.Duration)
+	// Search tells whether the VM may search the log backwards, which it may do
+	// once at a time. SearchDone must follow.
+	Search() bool
+	SearchDone()
 }
 
 // Refusal is a handshake that granted nothing.
@@ -159,7 +168,8 @@ type Session struct {
 	deliveries delivering
 	background sync.WaitGroup // searches of the log
 	ended      atomic.Pointer[End]
-	limitedAt  time.Time // when a refusal for the rate was last recorded
+	spent      int   // frames of the burst that is being read
+	noted      notes // what was recorded last of the limits that it runs into
 }
 
 // VM gives the name of the guest.

@@ -115,7 +115,7 @@ func TestReserve(t *testing.T) {
 	var b Bucket
 	r, now := Rate{Records: 10, Burst: 2, Bytes: 1}, time.Now()
 	var waits []time.Duration
-	for {
+	for range 100 {
 		wait, ok := b.Reserve(r, 500*time.Millisecond, now)
 		if !ok {
 			break

@@ -11,8 +11,8 @@ COMMANDS := castrad castra-guestd castractl
 VERSION  := $(shell scripts/version)
 
 # The race detector wants a C compiler; the D-Bus tests a message bus, and busctl, which
-# is systemd's.
-UNIT_NEEDS := gcc libc6-dev dbus-daemon systemd
+# is systemd's; the manual's test what man formats with.
+UNIT_NEEDS := gcc libc6-dev dbus-daemon systemd groff-base
 E2E_NEEDS  := dbus-daemon qemu-system-x86 mmdebstrap e2fsprogs systemd-container procps strace
 
 # Where Go has never run, what it keeps goes into the checkout: trying Castra out
@@ -32,6 +32,20 @@ help: ## list these targets
 build: ## bin/: static, version-stamped, the same bytes from any directory
 	CGO_ENABLED=0 go build -trimpath -buildvcs=false \
 	  -ldflags '-s -w -X main.version=$(VERSION)' -o bin/ $(COMMANDS:%=./%)
+
+ARCHES := amd64 arm64
+
+# One after the other the packages find their parts compiled; two at a time use both cores.
+.PHONY: packages
+packages: ## dist/*.deb and dist/*.rpm for amd64 and arm64, the same bytes on every run
+	rm -rf dist && mkdir -p dist
+	for arch in $(ARCHES); do \
+	  CGO_ENABLED=0 GOOS=linux GOARCH=$$arch go build -trimpath -buildvcs=false \
+	    -ldflags '-s -w -X main.version=$(VERSION)' -o dist/$$arch/ $(COMMANDS:%=./%); \
+	done
+	printf '%s\n' $(foreach a,$(ARCHES),$(COMMANDS:%=%:$(a))) | xargs -P 2 -I{} sh -euc \
+	  'p={}; exec scripts/package "$${p%:*}" "$${p#*:}" "dist/$${p#*:}/$${p%:*}" dist'
+	rm -rf $(ARCHES:%=dist/%)
 
 # Where Debian's packages have their files. The system's services are not touched.
 .PHONY: install

@@ -49,7 +49,10 @@ type Options struct {
 	Version   string
 	Subscribe []string // topics that are always listened to; vm:self is the VM's own
 	Socket    string   // path of the local bus; empty: none is served
-	SpoolSize int64    // bytes
+	// Listener, if set, is the local bus's socket, and Socket is not looked at. The
+	// agent closes it.
+	Listener  *net.UnixListener
+	SpoolSize int64 // bytes
 	Log       *logrus.Entry
 
 	// OnState is called from one goroutine, soon after anything changed that
@@ -111,7 +114,10 @@ func newAgent(opts Options, pace pacer, dial func(context.Context, string) (net.
 	if err := a.Reload(opts.Address, opts.Subscribe); err != nil {
 		return nil, err
 	}
-	if opts.Socket != "" {
+	switch {
+	case opts.Listener != nil:
+		a.local = newServer(opts.Listener, a)
+	case opts.Socket != "":
 		var err error
 		if a.local, err = listen(opts.Socket, a); err != nil {
 			return nil, err

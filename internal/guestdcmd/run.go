@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/signal"
 	"sync"
@@ -51,6 +52,7 @@ func Main(version string, args []string, stdout, stderr io.Writer) int {
 	}
 	d := &daemon{
 		version: version, path: f.Config, cfg: cfg, log: logging.New(level),
+		socket:  cfg.Bus.Socket,
 		env:     environment{credentials: os.Getenv("CREDENTIALS_DIRECTORY"), hostname: os.Hostname},
 		changed: make(chan struct{}, 1),
 	}
@@ -77,6 +79,7 @@ type daemon struct {
 	log     *logrus.Logger
 
 	agent  *guest.Agent
+	socket string // where the local bus is; empty: nowhere
 	status sdnotify.Status
 	// changed has room for one: the status line may be another.
 	changed chan struct{}
@@ -94,9 +97,16 @@ func (d *daemon) run() error {
 	if err != nil {
 		return err
 	}
+	passed, err := d.passedSocket()
+	if err != nil {
+		return err
+	}
+	if passed != nil {
+		d.socket = passed.Addr().String()
+	}
 	d.agent, err = guest.New(guest.Options{
 		Name: id.name, Address: id.address, Key: id.key, Version: d.version,
-		Subscribe: d.cfg.Bus.Subscribe, Socket: d.cfg.Bus.Socket, SpoolSize: int64(d.cfg.Bus.SpoolSize),
+		Subscribe: d.cfg.Bus.Subscribe, Socket: d.cfg.Bus.Socket, Listener: passed, SpoolSize: int64(d.cfg.Bus.SpoolSize),
 		Log: logrus.NewEntry(d.log), OnState: d.stateChanged,
 	})
 	if err != nil {
@@ -116,7 +126,7 @@ func (d *daemon) run() error {
 	case <-known:
 	case <-time.After(busPatience):
 	}
-	d.log.WithFields(logrus.Fields{"name": id.name, "address": id.address, "socket": d.cfg.Bus.Socket, "keyed": id.key != nil}).Info("castra-guestd is ready")
+	d.log.WithFields(logrus.Fields{"name": id.name, "address": id.address, "socket": d.socket, "keyed": id.key != nil}).Info("castra-guestd is ready")
 	d.notify("READY=1")
 	rest.Go(func() { d.keepStatus(serving) })
 	if interval, ok := sdnotify.WatchdogInterval(); ok {
@@ -136,6 +146,29 @@ func (d *daemon) run() error {
 	stopServing()
 	rest.Wait()
 	return nil
+}
+
+// passedSocket gives the local bus's socket where systemd passed it in, nil where it did
+// not.
+func (d *daemon) passedSocket() (*net.UnixListener, error) {
+	passed, err := sdnotify.Listeners()
+	if err != nil {
+		return nil, fmt.Errorf("taking over the sockets passed in: %w", err)
+	}
+	if len(passed) == 0 {
+		return nil, nil
+	}
+	ln, ok := passed[0].Listener.(*net.UnixListener)
+	if len(passed) > 1 || passed[0].Use != sdnotify.SocketBus || !ok {
+		for _, p := range passed {
+			err = errors.Join(err, p.Listener.Close())
+		}
+		return nil, errors.Join(errors.New("castra-guestd serves one Unix socket; see systemctl cat castra-guestd.socket for what is passed in"), err)
+	}
+	if at := ln.Addr().String(); d.cfg.Bus.Socket != at {
+		d.log.Warnf("configuration: bus.socket is %q, and systemd passed %q in, which is served; to change that: systemctl edit castra-guestd.socket", d.cfg.Bus.Socket, at)
+	}
+	return ln, nil
 }
 
 // serveBus serves D-Bus until ctx is done, unless the name is somebody else's.
@@ -166,9 +199,9 @@ func (d *daemon) busState(owned bool, err error) {
 	case owned:
 		d.log.Info("serving org.castra.Bus1 on the message bus")
 	case errors.Is(err, dbusapi.ErrNameTaken):
-		d.log.WithField("socket", d.cfg.Bus.Socket).Warn("org.castra.Bus1 is owned by another process, as on a host that is itself a VM; serving the socket alone")
+		d.log.WithField("socket", d.socket).Warn("org.castra.Bus1 is owned by another process, as on a host that is itself a VM; serving the socket alone")
 	case err != nil:
-		d.log.WithError(err).WithField("socket", d.cfg.Bus.Socket).Warn("no message bus: serving the socket alone; trying again in the background")
+		d.log.WithError(err).WithField("socket", d.socket).Warn("no message bus: serving the socket alone; trying again in the background")
 	}
 }
 

@@ -9,6 +9,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/castrabus/castra/internal/logging"
 	"github.com/castrabus/castra/internal/session"
 )
 
@@ -81,7 +82,7 @@ func (b *Broker) accept(l *listener) {
 		case l.answer(err):
 		default:
 			if !failing {
-				b.log.WithError(err).Error("cannot accept a connection; trying again")
+				logging.AcceptFailed.On(b.log).WithError(err).Error("cannot accept a connection; trying again")
 			}
 			failing = true
 			select {
@@ -96,7 +97,7 @@ func (b *Broker) accept(l *listener) {
 func (b *Broker) serve(conn net.Conn) {
 	c, ok := conn.(session.Conn)
 	if !ok {
-		b.log.WithField("addr", conn.RemoteAddr()).Errorf("a %T cannot carry a session", conn)
+		logging.AcceptFailed.On(b.log).WithField("addr", conn.RemoteAddr()).Errorf("a %T cannot carry a session", conn)
 		_ = conn.Close()
 		return
 	}

@@ -19,6 +19,7 @@ import (
 	"github.com/castrabus/castra/internal/bus"
 	"github.com/castrabus/castra/internal/eventlog"
 	"github.com/castrabus/castra/internal/identity"
+	"github.com/castrabus/castra/internal/logging"
 	"github.com/castrabus/castra/internal/presence"
 	"github.com/castrabus/castra/internal/session"
 	"github.com/castrabus/castra/internal/wire"
@@ -118,7 +119,7 @@ func Open(opts Options) (*Broker, error) {
 	}
 	left, err := b.records.leftReachable()
 	if err != nil {
-		b.log.WithError(err).Warn("who was reachable when castrad ended is not known")
+		logging.PresenceUnknown.On(b.log).WithError(err).Warn("who was reachable when castrad ended is not known")
 	}
 	for _, name := range left {
 		b.left = append(b.left, presence.Change{VM: name, Reason: presence.ReasonRestarted})
@@ -157,17 +158,17 @@ func (b *Broker) openLog() error {
 			Sender: bus.HostVM, Owner: topicOwner,
 			OnError: func(err error) {
 				if err != nil {
-					b.log.WithError(err).Error("cannot write the VMs' streams; they are completed when it works again")
+					logging.VMStreamsBehind.On(b.log).WithError(err).Error("cannot write the VMs' streams; they are completed when it works again")
 				} else {
-					b.log.Info("the VMs' streams are written again")
+					logging.VMStreamsComplete.On(b.log).Info("the VMs' streams are written again")
 				}
 			},
 		},
 		OnCommit: b.committed,
 		OnState:  b.logState,
-		OnError:  func(err error) { b.log.WithError(err).Warn("the event log cannot tidy up") },
+		OnError:  func(err error) { logging.ExpiryFailed.On(b.log).WithError(err).Warn("the event log cannot tidy up") },
 		OnDamage: func(d eventlog.Damage) {
-			b.log.WithFields(logrus.Fields{"file": d.File, "offset": d.Offset}).
+			logging.RecordDamaged.On(b.log).WithFields(logrus.Fields{"file": d.File, "offset": d.Offset}).
 				Error("a damaged record is passed over; its readers are told of a gap")
 		},
 	})
@@ -176,10 +177,10 @@ func (b *Broker) openLog() error {
 	}
 	b.events = log
 	for _, d := range rec.Damaged {
-		b.log.WithFields(logrus.Fields{"file": d.File, "offset": d.Offset}).Error("the event log has a damaged record")
+		logging.RecordDamaged.On(b.log).WithFields(logrus.Fields{"file": d.File, "offset": d.Offset}).Error("the event log has a damaged record")
 	}
 	if c := rec.Cut; c != nil {
-		b.log.WithFields(logrus.Fields{"file": c.File, "offset": c.Offset, "bytes": c.Bytes, "aside": c.Aside}).
+		logging.WriteCutOff.On(b.log).WithFields(logrus.Fields{"file": c.File, "offset": c.Offset, "bytes": c.Bytes, "aside": c.Aside}).
 			Warn("an unfinished write was cut off the event log; nothing in it had been acknowledged")
 	}
 	return nil
@@ -194,10 +195,10 @@ func topicOwner(topic []byte) ([]byte, bool) {
 func (b *Broker) logState(s eventlog.State) {
 	if s.Degraded == "" {
 		b.state.Store(nil)
-		b.log.Info("the event log takes records again")
+		logging.StorageRecovered.On(b.log).Info("the event log takes records again")
 	} else {
 		b.state.Store(&s.Degraded)
-		b.log.WithError(s.Err).WithField("reason", s.Degraded).
+		logging.StorageDegraded.On(b.log).WithError(s.Err).WithField("reason", s.Degraded).
 			Error("the event log takes no records; publishes are refused until the disk answers")
 	}
 }

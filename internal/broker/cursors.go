@@ -14,6 +14,7 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"github.com/castrabus/castra/internal/bus"
+	"github.com/castrabus/castra/internal/logging"
 	"github.com/castrabus/castra/internal/session"
 )
 
@@ -74,7 +75,7 @@ func (b *Broker) OpenCursor(sub *session.Subscription, start uint64) (uint64, er
 		return 0, err
 	}
 	if lost > 0 {
-		b.log.WithFields(logrus.Fields{"vm": vm, "cursor": name, "seq": lost}).
+		logging.CursorBeyondEnd.On(b.log).WithFields(logrus.Fields{"vm": vm, "cursor": name, "seq": lost}).
 			Warn("a cursor lay beyond the end of the event log, which was cut or restored; it is set to the end")
 	}
 	return next, nil
@@ -202,7 +203,7 @@ func (c *cursors) run(ctx context.Context, log *logrus.Logger) {
 		case <-ctx.Done():
 		}
 		if err := c.flush(); err != nil {
-			log.WithError(err).Error("cannot store how far guests have read; some of it may be delivered again")
+			logging.CursorsNotStored.On(log).WithError(err).Error("cannot store how far guests have read; some of it may be delivered again")
 		}
 		if ctx.Err() != nil {
 			return

@@ -15,6 +15,7 @@ import (
 
 	"github.com/sirupsen/logrus"
 
+	"github.com/castrabus/castra/internal/logging"
 	"github.com/castrabus/castra/internal/presence"
 	"github.com/castrabus/castra/internal/wire"
 )
@@ -191,10 +192,10 @@ func (r *recorder) note(err error) {
 	r.dropped = 0
 	r.mu.Unlock()
 	if err != nil {
-		r.log.WithError(err).Error("cannot record handshakes")
+		logging.HandshakesNotRecorded.On(r.log).WithError(err).Error("cannot record handshakes")
 	}
 	if dropped > 0 {
-		r.log.WithField("count", dropped).Warn("handshakes were not recorded: the disk is too slow")
+		logging.HandshakesNotRecorded.On(r.log).WithField("count", dropped).Warn("handshakes were not recorded: the disk is too slow")
 	}
 }
 

@@ -27,6 +27,7 @@ import (
 
 	"github.com/castrabus/castra/internal/backoff"
 	"github.com/castrabus/castra/internal/bus"
+	"github.com/castrabus/castra/internal/logging"
 )
 
 // CodeNotConnected refuses what cannot be had without the host just now.
@@ -148,7 +149,7 @@ func (a *Agent) Run(ctx context.Context) {
 		patience.Stop()
 	}
 	if lost := a.outbox.abandon(); lost > 0 {
-		a.opts.Log.WithField("records", lost).Warn("stopping with messages that the host has not taken; they were kept in memory and are lost")
+		logging.MessagesLost.On(a.opts.Log).WithField("records", lost).Warn("stopping with messages that the host has not taken; they were kept in memory and are lost")
 	}
 	close(a.ended)
 	stop()

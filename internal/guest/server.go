@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/castrabus/castra/internal/bus"
+	"github.com/castrabus/castra/internal/logging"
 	"github.com/castrabus/castra/internal/wire"
 )
 
@@ -103,7 +104,7 @@ func (v *server) run(ctx context.Context) {
 		}
 		if err != nil {
 			if !troubled {
-				v.agent.opts.Log.WithField("reason", plain(err).Error()).Error("cannot take clients of the local socket; trying on")
+				logging.AcceptFailed.On(v.agent.opts.Log).WithField("reason", plain(err).Error()).Error("cannot take clients of the local socket; trying on")
 			}
 			troubled = true
 			sleep(ctx, acceptPause)

@@ -57,7 +57,7 @@ func Main(version string, args []string, stdout, stderr io.Writer) int {
 		changed: make(chan struct{}, 1),
 	}
 	if err := d.run(); err != nil {
-		d.log.WithError(err).Error("castra-guestd ends")
+		logging.Failed.On(d.log).WithError(err).Error("castra-guestd ends")
 		return 1
 	}
 	return 0
@@ -126,12 +126,12 @@ func (d *daemon) run() error {
 	case <-known:
 	case <-time.After(busPatience):
 	}
-	d.log.WithFields(logrus.Fields{"name": id.name, "address": id.address, "socket": d.socket, "keyed": id.key != nil}).Info("castra-guestd is ready")
+	logging.GuestReady.On(d.log).WithFields(logrus.Fields{"name": id.name, "address": id.address, "socket": d.socket, "keyed": id.key != nil}).Info("castra-guestd is ready")
 	d.notify("READY=1")
 	rest.Go(func() { d.keepStatus(serving) })
 	if interval, ok := sdnotify.WatchdogInterval(); ok {
 		rest.Go(func() {
-			sdnotify.RunWatchdog(working, interval, func(err error) { d.log.WithError(err).Error("the watchdog is not fed") }, d.agent.Probe)
+			sdnotify.RunWatchdog(working, interval, func(err error) { logging.WatchdogNotFed.On(d.log).WithError(err).Error("the watchdog is not fed") }, d.agent.Probe)
 		})
 	}
 	for sig := range signals {
@@ -166,7 +166,7 @@ func (d *daemon) passedSocket() (*net.UnixListener, error) {
 		return nil, errors.Join(errors.New("castra-guestd serves one Unix socket; see systemctl cat castra-guestd.socket for what is passed in"), err)
 	}
 	if at := ln.Addr().String(); d.cfg.Bus.Socket != at {
-		d.log.Warnf("configuration: bus.socket is %q, and systemd passed %q in, which is served; to change that: systemctl edit castra-guestd.socket", d.cfg.Bus.Socket, at)
+		logging.ConfigurationDoubtful.On(d.log).Warnf("configuration: bus.socket is %q, and systemd passed %q in, which is served; to change that: systemctl edit castra-guestd.socket", d.cfg.Bus.Socket, at)
 	}
 	return ln, nil
 }
@@ -197,11 +197,11 @@ func (d *daemon) busState(owned bool, err error) {
 	d.stateChanged()
 	switch {
 	case owned:
-		d.log.Info("serving org.castra.Bus1 on the message bus")
+		logging.BusServed.On(d.log).Info("serving org.castra.Bus1 on the message bus")
 	case errors.Is(err, dbusapi.ErrNameTaken):
-		d.log.WithField("socket", d.socket).Warn("org.castra.Bus1 is owned by another process, as on a host that is itself a VM; serving the socket alone")
+		logging.BusUnavailable.On(d.log).WithField("socket", d.socket).Warn("org.castra.Bus1 is owned by another process, as on a host that is itself a VM; serving the socket alone")
 	case err != nil:
-		d.log.WithError(err).WithField("socket", d.socket).Warn("no message bus: serving the socket alone; trying again in the background")
+		logging.BusUnavailable.On(d.log).WithError(err).WithField("socket", d.socket).Warn("no message bus: serving the socket alone; trying again in the background")
 	}
 }
 
@@ -251,9 +251,9 @@ func (d *daemon) reload() {
 		d.log.WithError(err).Debug("the service manager was not told")
 	}
 	if err := d.reconfigure(); err != nil {
-		d.log.WithError(err).Error("the configuration is kept as it was")
+		logging.ConfigurationRefused.On(d.log).WithError(err).Error("the configuration is kept as it was")
 	} else {
-		d.log.Info("the configuration was read again")
+		logging.ConfigurationRead.On(d.log).Info("the configuration was read again")
 	}
 	d.notify("READY=1")
 }
@@ -272,7 +272,7 @@ func (d *daemon) reconfigure() error {
 	}
 	old := d.cfg.Bus
 	if cfg.Identity != d.cfg.Identity || cfg.Bus.Socket != old.Socket || cfg.Bus.SpoolDir != old.SpoolDir || cfg.Bus.SpoolSize != old.SpoolSize {
-		d.log.Warn("[identity], socket and spool are read at the start alone; restart castra-guestd to change them")
+		logging.ConfigurationDoubtful.On(d.log).Warn("[identity], socket and spool are read at the start alone; restart castra-guestd to change them")
 	}
 	return nil
 }

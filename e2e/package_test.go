@@ -316,3 +316,44 @@ func pageSockets(h *host) {
 	h.run("sh", "-c", `systemctl stop castrad-health.socket castrad-metrics.socket
 		rm /run/systemd/system/castrad-*.socket; systemctl daemon-reload`)
 }
+
+// TestRPM installs, verifies and erases the rpms in a tree of their own.
+func TestRPM(t *testing.T) {
+	l := newLab(t)
+	base := strings.TrimSpace(mustRun(t, "../scripts/host-root"))
+	root := l.path("root")
+	mustRun(t, sudo("cp", "-a", filepath.Join(base, "root"), root)...)
+	t.Cleanup(func() { _ = command(sudo("rm", "-rf", root)...).Run() })
+	rpm := func(argv ...string) string {
+		t.Helper()
+		return mustRun(t, sudo(append([]string{"rpm", "--root=" + root}, argv...)...)...)
+	}
+	files := []string{built(t, "castrad-*.rpm"), built(t, "castra-guestd-*.rpm"), built(t, "castractl-*.rpm")}
+	names := []string{"castrad", "castra-guestd", "castractl"}
+
+	// The tree is Debian's, so rpm knows of none of the packages that these need.
+	rpm(append([]string{"--install", "--nodeps"}, files...)...)
+	if out := rpm(append([]string{"--verify", "--nodeps"}, names...)...); out != "" {
+		t.Errorf("rpm --verify says:\n%s", out)
+	}
+	l.Logf("%s", rpm("--query", "--requires", "castrad"))
+	for _, file := range []string{"/usr/bin/castrad", "/usr/lib/systemd/system/castrad.socket", "/etc/castra/vms.d"} {
+		mustRun(t, sudo("test", "-e", root+file)...)
+	}
+	if out := mustRun(t, sudo("chroot", root, "stat", "--format=%U:%G %a", "/etc/castra/vms.d")...); out != "root:castra 750\n" {
+		t.Errorf("/etc/castra/vms.d is %s", out)
+	}
+	mustRun(t, sudo("chroot", root, "castrad", "--check-config")...)
+	mustRun(t, sudo("sh", "-c", "echo '# edited' >>"+root+"/etc/castra/castrad.toml")...)
+	// Again, as an upgrade does: what was edited stays.
+	rpm(append([]string{"--upgrade", "--nodeps", "--force"}, files...)...)
+	if out := mustRun(t, "tail", "-n1", root+"/etc/castra/castrad.toml"); out != "# edited\n" {
+		t.Errorf("an upgrade overwrote the configuration: %s", out)
+	}
+	rpm(append([]string{"--erase", "--nodeps"}, names...)...)
+	out := mustRun(t, sudo("find", root, "-name", "*castra*", "-not", "-path", root+"/var/lib/rpm/*")...)
+	if want := filepath.Join(root, "etc/castra/castrad.toml.rpmsave"); !strings.Contains(out, want) ||
+		strings.Count(out, "\n") != 2 { // and the directory it is in
+		t.Errorf("erasing left:\n%s", out)
+	}
+}

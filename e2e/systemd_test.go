@@ -78,7 +78,13 @@ func boot(t *testing.T, packages ...string) *host {
 		return err
 	})
 	// Ended from inside, so that nothing of it stays.
-	t.Cleanup(func() { _, _ = h.try("systemctl", "poweroff", "--force", "--force") })
+	t.Cleanup(func() {
+		if t.Failed() {
+			out, err := h.try("journalctl", "--no-pager", "--lines=100")
+			t.Logf("the host's journal (%v):\n%s", err, out)
+		}
+		_, _ = h.try("systemctl", "poweroff", "--force", "--force")
+	})
 	return h
 }
 

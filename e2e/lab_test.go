@@ -195,7 +195,13 @@ func (l *lab) tryCastractl(args ...string) (string, error) {
 // until repeats cond until it succeeds.
 func (l *lab) until(what string, cond func() error) {
 	l.Helper()
-	end := time.Now().Add(hang)
+	l.within(hang, what, cond)
+}
+
+// within is until for what takes longer than hang.
+func (l *lab) within(d time.Duration, what string, cond func() error) {
+	l.Helper()
+	end := time.Now().Add(d)
 	for {
 		err := cond()
 		if err == nil {

@@ -231,7 +231,7 @@ func TestInstall(t *testing.T) {
 	// What was edited stays, and guests come back to the new castrad.
 	h.run("sh", "-c", `echo '# edited' >>/etc/castra/castrad.toml
 		printf '[broker]\nlisten = ["127.0.0.1:7171"]\n' >/etc/castra/castrad.toml.d/mine.toml
-		cd /; dpkg-deb -R root/castrad_*.deb up && sed -i 's/^Version: .*/&+next/' up/DEBIAN/control && dpkg-deb -b up up.deb`)
+		cd /; dpkg-deb -R root/castrad_*.deb up && sed -i 's/^Version: .*/&+next/' up/DEBIAN/control && dpkg-deb -Znone -b up up.deb`)
 	before := h.run("systemctl", "show", "--property=InvocationID", "castrad")
 	apt("install /up.deb")
 	h.want(h.run("dpkg-query", "--show", "castrad"), "+next")

@@ -10,13 +10,10 @@ import (
 	"testing"
 )
 
-// TestVM boots Debian with castra-guestd in it under QEMU, registered by the arguments
-// that castractl prints, and talks with it both ways.
-func TestVM(t *testing.T) {
-	l := newLab(t)
-	l.castrad()
-	handover := strings.Fields(l.castractl("vm", "add", "web1"))
-
+// bootVM boots a VM whose castra-guestd looks for castrad at the lab's port.
+func (l *lab) bootVM(t *testing.T, handover ...string) *console {
+	l.Helper()
+	debs(t, "castra-guestd", "castractl") // of which vm-image makes the disk
 	scripts, err := filepath.Abs("../scripts")
 	if err != nil {
 		t.Fatal(err)
@@ -27,11 +24,47 @@ func TestVM(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	broker := fmt.Sprintf("10.0.2.2:%d", l.port)
 	l.start("qemu", nil, append([]string{
-		filepath.Join(scripts, "vm-qemu"), strings.TrimSpace(string(kernel)), "disk", "console", broker,
+		filepath.Join(scripts, "vm-qemu"), strings.TrimSpace(string(kernel)), "disk", "console", fmt.Sprintf("10.0.2.2:%d", l.port),
 	}, handover...)...)
-	vm := l.dialConsole(l.path("console"))
+	return l.dialConsole(l.path("console"))
+}
+
+// TestVMAlone boots a VM that has no castrad to talk to: nothing of its boot waits for
+// castra-guestd, which is there for its programs all the same.
+func TestVMAlone(t *testing.T) {
+	l := newLab(t)
+	l.port = freePort(t)
+	vm := l.bootVM(t)
+	vm.booted()
+	// The words that are looked for are never typed on the console, which echoes.
+	vm.run(`systemctl is-system-running --wait; dpkg-query --show --showformat='${db:Status-Status} ${Package}\n' 'castra*'; echo boot""ed=$?`)
+	at := vm.expect(0, "booted=0")
+	vm.run(`systemctl is-active castra-guestd.service castra-guestd.socket; stat --format='%a %G' /run/castra-guestd/bus.sock; echo servi""ng`)
+	at = vm.expect(at, "serving")
+	vm.run(`systemd-analyze blame --no-pager | grep -n castra; systemd-analyze critical-chain --no-pager multi-user.target | cat; echo analy""sed`)
+	end := vm.expect(at, "analysed")
+	shown := string(vm.said())
+	for _, want := range []string{"running", "installed castra-guestd", "installed castractl", "active\r\nactive", "660 castra"} {
+		if !strings.Contains(shown, want) {
+			t.Errorf("%q is not on the console", want)
+		}
+	}
+	_, chain, found := strings.Cut(shown[at:end], "multi-user.target @")
+	if !found || strings.Contains(chain, "castra-guestd") {
+		t.Errorf("the boot waits for castra-guestd, or the chain is not shown:\n%s", shown[at:end])
+	}
+	t.Logf("%s", shown[at:end])
+}
+
+// TestVM boots Debian with castra-guestd in it under QEMU, registered by the arguments
+// that castractl prints, and talks with it both ways.
+func TestVM(t *testing.T) {
+	l := newLab(t)
+	l.castrad()
+	handover := strings.Fields(l.castractl("vm", "add", "web1"))
+
+	vm := l.bootVM(t, handover...)
 
 	// A boot takes ten seconds without KVM, and longer beside other work.
 	l.castractl("wait", "web1", "--timeout", "300s")

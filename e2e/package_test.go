@@ -219,10 +219,11 @@ func TestInstall(t *testing.T) {
 	h.until("castrad has failed a dozen times", func() error {
 		var n int
 		out := h.run("systemctl", "show", "--property=NRestarts", "--value", "castrad")
-		if _, err := fmt.Sscan(out, &n); err != nil || n < 12 {
-			return fmt.Errorf("it has %s (%v)", out, err)
+		_, err := fmt.Sscan(out, &n)
+		if err == nil && n < 12 {
+			err = fmt.Errorf("it has %d times", n)
 		}
-		return nil
+		return err
 	})
 	wantState("castrad.socket", "active")
 	h.run("sh", "-c", "rm -r /run/systemd/system/castrad.service.d; systemctl daemon-reload")

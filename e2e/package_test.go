@@ -337,7 +337,9 @@ func TestRPM(t *testing.T) {
 	if out := rpm(append([]string{"--verify", "--nodeps"}, names...)...); out != "" {
 		t.Errorf("rpm --verify says:\n%s", out)
 	}
-	l.Logf("%s", rpm("--query", "--requires", "castrad"))
+	if out := rpm("--query", "--requires", "castrad"); !strings.Contains(out, "systemd >= 252") {
+		t.Errorf("castrad needs:\n%s", out)
+	}
 	for _, file := range []string{"/usr/bin/castrad", "/usr/lib/systemd/system/castrad.socket", "/etc/castra/vms.d"} {
 		mustRun(t, sudo("test", "-e", root+file)...)
 	}

@@ -199,11 +199,11 @@ func (l *lab) tryCastractl(args ...string) (string, error) {
 // until repeats cond until it succeeds.
 func (l *lab) until(what string, cond func() error) {
 	l.Helper()
-	l.untilFor(hang, what, cond)
+	l.within(hang, what, cond)
 }
 
-// untilFor is until for what may take longer.
-func (l *lab) untilFor(d time.Duration, what string, cond func() error) {
+// within is until for what takes longer than hang.
+func (l *lab) within(d time.Duration, what string, cond func() error) {
 	l.Helper()
 	end := time.Now().Add(d)
 	for {

@@ -12,10 +12,10 @@ import (
 	"time"
 )
 
-// A host is a Debian booted in a container, with castrad installed in it as its
-// package would be.
+// A host is a Debian booted in a container.
 type host struct {
 	*lab
+	root   string // its directory, seen from outside
 	leader string // the process that is PID 1 inside
 }
 
@@ -28,7 +28,15 @@ func sudo(argv ...string) []string {
 
 func command(argv ...string) *exec.Cmd { return exec.Command(argv[0], argv[1:]...) }
 
+// bootHost boots one in which the packages of the host are installed.
 func bootHost(t *testing.T) *host {
+	t.Helper()
+	return boot(t, debs(t, "castrad", "castractl")...)
+}
+
+// boot boots a host with packages, files, installed in it. castra-guestd, for a guest
+// that is a process, and what else the test needs, is in its /root.
+func boot(t *testing.T, packages ...string) *host {
 	t.Helper()
 	l := newLab(t)
 	base, err := exec.Command("../scripts/host-root").Output()
@@ -36,11 +44,14 @@ func bootHost(t *testing.T) *host {
 		t.Fatal(err)
 	}
 	root := l.path("root")
+	install := sudo("true")
+	if len(packages) > 0 {
+		install = sudo(append([]string{"dpkg", "--root=" + root, "--install"}, packages...)...)
+	}
 	for _, argv := range [][]string{
 		sudo("cp", "-a", filepath.Join(strings.TrimSpace(string(base)), "root"), root),
-		sudo("../scripts/install", root, "host"),
-		sudo("install", bin(t, "castra-guestd"), filepath.Join(root, "usr/bin")),
-		sudo("systemctl", "--root="+root, "enable", "--quiet", "castrad.socket"),
+		sudo("install", bin(t, "castra-guestd"), filepath.Join(root, "root")),
+		install,
 		sudo("systemctl", "--root="+root, "mask", "--quiet", "systemd-networkd.service", "systemd-udevd.service"),
 	} {
 		if out, err := command(argv...).CombinedOutput(); err != nil {
@@ -53,7 +64,7 @@ func bootHost(t *testing.T) *host {
 		t.Fatal(err)
 	}
 	l.start("boot", nil, boot, root)
-	h := &host{lab: l}
+	h := &host{lab: l, root: root}
 	l.until("the host has booted", func() error {
 		out, err := exec.Command("pgrep", "--full", "--exact", "--newest", ".*systemd-nspawn .*--directory="+root).Output()
 		if err != nil {
@@ -67,7 +78,13 @@ func bootHost(t *testing.T) *host {
 		return err
 	})
 	// Ended from inside, so that nothing of it stays.
-	t.Cleanup(func() { _, _ = h.try("systemctl", "poweroff", "--force", "--force") })
+	t.Cleanup(func() {
+		if t.Failed() {
+			out, err := h.try("journalctl", "--no-pager", "--lines=100")
+			t.Logf("the host's journal (%v):\n%s", err, out)
+		}
+		_, _ = h.try("systemctl", "poweroff", "--force", "--force")
+	})
 	return h
 }
 
@@ -118,7 +135,7 @@ func TestSystemd(t *testing.T) {
 	// A guest's daemon, as a process: the bus name is taken, so it serves its socket alone.
 	h.run("systemd-run", "--quiet", "--unit=guest", "sh", "-c",
 		`printf '[broker]\naddress = "127.0.0.1:7070"\n[identity]\nvm = "web1"\n[bus]\nsubscribe = ["vm:self"]\n' >/run/guest.toml
-		 exec castra-guestd --config /run/guest.toml`)
+		 exec /root/castra-guestd --config /run/guest.toml`)
 	h.run("castractl", "wait", "web1", "--for", "subscribed", "--timeout", "60s")
 	h.run("castractl", "bus", "publish", "--vm", "web1", "--wait-ack", "30s", `"hello"`)
 	h.until("systemctl status counts the guests", func() error {

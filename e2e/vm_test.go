@@ -17,6 +17,64 @@ import (
 	"github.com/castrabus/castra/internal/identity"
 )
 
+// vmDisk makes the file disk, with castra-guestd installed on it, and gives the kernel
+// that boots it.
+func (l *lab) vmDisk(t *testing.T) (kernel string) {
+	l.Helper()
+	debs(t, "castra-guestd", "castractl") // of which vm-image makes the disk
+	image := exec.Command("../scripts/vm-image", l.path("disk"))
+	image.Stderr = os.Stderr
+	out, err := image.Output()
+	if err != nil {
+		l.Fatal(err)
+	}
+	return strings.TrimSpace(string(out))
+}
+
+// bootVM boots a VM from a copy of the disk; its castra-guestd looks for castrad at the
+// lab's port.
+func (l *lab) bootVM(name, kernel string, handover ...string) *console {
+	l.Helper()
+	qemu, err := filepath.Abs("../scripts/vm-qemu")
+	if err != nil {
+		l.Fatal(err)
+	}
+	if out, err := exec.Command("cp", "--sparse=always", l.path("disk"), l.path(name+".disk")).CombinedOutput(); err != nil {
+		l.Fatalf("copying the disk: %v: %s", err, out)
+	}
+	l.start(name, nil, append([]string{
+		qemu, kernel, name + ".disk", name + ".console", fmt.Sprintf("10.0.2.2:%d", l.port),
+	}, handover...)...)
+	return l.dialConsole(l.path(name + ".console"))
+}
+
+// TestVMAlone boots a VM that has no castrad to talk to: nothing of its boot waits for
+// castra-guestd, which is there for its programs all the same.
+func TestVMAlone(t *testing.T) {
+	l := newLab(t)
+	l.port = freePort(t)
+	vm := l.bootVM("alone", l.vmDisk(t))
+	vm.booted()
+	// The words that are looked for are never typed on the console, which echoes.
+	vm.run(`systemctl is-system-running --wait; dpkg-query --show --showformat='${db:Status-Status} ${Package}\n' 'castra*'; echo boot""ed=$?`)
+	at := vm.expect(0, "booted=0")
+	vm.run(`systemctl is-active castra-guestd.service castra-guestd.socket; stat --format='%a %G' /run/castra-guestd/bus.sock; echo servi""ng`)
+	at = vm.expect(at, "serving")
+	vm.run(`systemd-analyze blame --no-pager | grep -n castra; systemd-analyze critical-chain --no-pager multi-user.target | cat; echo analy""sed`)
+	end := vm.expect(at, "analysed")
+	shown := string(vm.said())
+	for _, want := range []string{"running", "installed castra-guestd", "installed castractl", "active\r\nactive", "660 castra"} {
+		if !strings.Contains(shown, want) {
+			t.Errorf("%q is not on the console", want)
+		}
+	}
+	_, chain, found := strings.Cut(shown[at:end], "multi-user.target @")
+	if !found || strings.Contains(chain, "castra-guestd") {
+		t.Errorf("the boot waits for castra-guestd, or the chain is not shown:\n%s", shown[at:end])
+	}
+	t.Logf("%s", shown[at:end])
+}
+
 // TestVM boots Debian with castra-guestd in it under QEMU, registered by the arguments
 // that castractl prints, and talks with it both ways. The same image boots beside it
 // with its name and a key of its own, and is refused. No key shows in a process list.
@@ -29,28 +87,9 @@ func TestVM(t *testing.T) {
 		thief[i] = strings.ReplaceAll(arg, "castra.vm=web2", "castra.vm=web1")
 	}
 
-	scripts, err := filepath.Abs("../scripts")
-	if err != nil {
-		t.Fatal(err)
-	}
-	image := exec.Command(filepath.Join(scripts, "vm-image"), l.path("disk"))
-	image.Stderr = os.Stderr
-	kernel, err := image.Output()
-	if err != nil {
-		t.Fatal(err)
-	}
-	broker := fmt.Sprintf("10.0.2.2:%d", l.port)
-	l.start("qemu", nil, append([]string{
-		filepath.Join(scripts, "vm-qemu"), strings.TrimSpace(string(kernel)), "disk", "console", broker,
-	}, handover...)...)
-	if out, err := exec.Command("cp", "--sparse=always", l.path("disk"), l.path("disk2")).CombinedOutput(); err != nil {
-		t.Fatalf("copying the image: %v: %s", err, out)
-	}
-	l.start("qemu2", nil, append([]string{
-		filepath.Join(scripts, "vm-qemu"), strings.TrimSpace(string(kernel)), "disk2", "console2", broker,
-	}, thief...)...)
-	vm := l.dialConsole(l.path("console"))
-	other := l.dialConsole(l.path("console2"))
+	kernel := l.vmDisk(t)
+	vm := l.bootVM("web1", kernel, handover...)
+	other := l.bootVM("thief", kernel, thief...)
 
 	// A boot takes ten seconds without KVM, and longer beside other work.
 	l.castractl("wait", "web1", "--timeout", "300s")
@@ -89,7 +128,7 @@ func TestVM(t *testing.T) {
 	l.castractl("bus", "publish", "--vm", "web1", "--payload", `{"from":"outside"}`)
 	vm.expect(at, `"from":"outside"`)
 
-	l.untilFor(5*time.Minute, "the other VM is refused", func() error {
+	l.within(5*time.Minute, "the other VM is refused", func() error {
 		for _, r := range state().Refused {
 			if r.VM == "web1" && r.Reason == "auth-failed" {
 				return nil

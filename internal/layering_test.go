@@ -25,6 +25,7 @@ const (
 	godbus    = "github.com/godbus/dbus/v5"
 	goSystemd = "github.com/coreos/go-systemd/v22"
 	logrus    = "github.com/sirupsen/logrus"
+	pflag     = "github.com/spf13/pflag" // cobra's flags
 	toml      = "github.com/BurntSushi/toml"
 	xsys      = "golang.org/x/sys"
 )
@@ -65,7 +66,7 @@ var rules = map[string]rule{
 	"castradcmd": {layer: 4, uses: []string{logrus}, never: []string{"guest", "dbusclient"}},
 	"guestdcmd":  {layer: 4, uses: []string{logrus}, never: []string{"broker", "dbusclient"}},
 	// castractl learns everything over D-Bus.
-	"cli": {layer: 4, uses: []string{cobra, xsys}, never: []string{"broker", "guest", "session", "presence", "identity", "dbusapi"}},
+	"cli": {layer: 4, uses: []string{cobra, pflag, xsys}, never: []string{"broker", "guest", "session", "presence", "identity", "dbusapi"}},
 }
 
 // mains are the commands, each with the one package it may import.

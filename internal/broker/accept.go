@@ -10,6 +10,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/castrabus/castra/internal/logging"
 	"github.com/castrabus/castra/internal/session"
 )
 
@@ -90,7 +91,7 @@ func (b *Broker) accept(l *listener) {
 		default:
 			if time.Since(told) >= acceptLog {
 				told = time.Now()
-				b.log.WithError(err).Error("cannot accept a connection; trying again")
+				logging.AcceptFailed.On(b.log).WithError(err).Error("cannot accept a connection; trying again")
 			}
 			pause := acceptPause
 			if errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) {
@@ -113,7 +114,7 @@ func (b *Broker) accept(l *listener) {
 func (b *Broker) serve(conn net.Conn) {
 	c, ok := conn.(session.Conn)
 	if !ok {
-		b.log.WithField("addr", conn.RemoteAddr()).Errorf("a %T cannot carry a session", conn)
+		logging.AcceptFailed.On(b.log).WithField("addr", conn.RemoteAddr()).Errorf("a %T cannot carry a session", conn)
 		_ = conn.Close()
 		return
 	}

@@ -19,6 +19,7 @@ import (
 	"github.com/castrabus/castra/internal/bus"
 	"github.com/castrabus/castra/internal/eventlog"
 	"github.com/castrabus/castra/internal/identity"
+	"github.com/castrabus/castra/internal/logging"
 	"github.com/castrabus/castra/internal/presence"
 	"github.com/castrabus/castra/internal/session"
 	"github.com/castrabus/castra/internal/wire"
@@ -127,7 +128,7 @@ func Open(opts Options) (*Broker, error) {
 	}
 	left, err := b.records.leftReachable()
 	if err != nil {
-		b.log.WithError(err).Warn("who was reachable when castrad ended is not known")
+		logging.PresenceUnknown.On(b.log).WithError(err).Warn("who was reachable when castrad ended is not known")
 	}
 	for _, name := range left {
 		b.left = append(b.left, presence.Change{VM: name, Reason: presence.ReasonRestarted})
@@ -136,7 +137,7 @@ func Open(opts Options) (*Broker, error) {
 		b.table.Know(e.Name)
 	}
 	if most := b.files.sessions(settings.MaxSessions); most < settings.MaxSessions {
-		b.log.WithField("limit", limitOpenFiles).
+		logging.LimitReached.On(b.log).WithField("limit", limitOpenFiles).
 			Warnf("castrad may have %d open files: no more than %d of limits.max_sessions can be connected; raise LimitNOFILE= of castrad.service", b.files.total, most)
 	}
 	b.ctx, b.cancel = context.WithCancel(context.Background())
@@ -182,14 +183,14 @@ func (b *Broker) openLog() error {
 			Sender: bus.HostVM, Owner: topicOwner,
 			OnError: func(err error) { b.note(partVMStreams, err) },
 			OnAside: func(file, name string) {
-				b.log.WithFields(logrus.Fields{"file": file, "aside": name}).Error("what is there is no file that castrad can use; it is set aside")
+				logging.StateSetAside.On(b.log).WithFields(logrus.Fields{"file": file, "aside": name}).Error("what is there is no file that castrad can use; it is set aside")
 			},
 		},
 		OnCommit: b.committed,
 		OnState:  func(s eventlog.State) { b.note(partLog, s.Err) },
-		OnError:  func(err error) { b.log.WithError(err).Warn("the event log cannot tidy up") },
+		OnError:  func(err error) { logging.ExpiryFailed.On(b.log).WithError(err).Warn("the event log cannot tidy up") },
 		OnDamage: func(d eventlog.Damage) {
-			b.log.WithFields(logrus.Fields{"file": d.File, "offset": d.Offset}).
+			logging.RecordDamaged.On(b.log).WithFields(logrus.Fields{"file": d.File, "offset": d.Offset}).
 				Error("a damaged record is passed over; its readers are told of a gap")
 		},
 	})
@@ -198,10 +199,10 @@ func (b *Broker) openLog() error {
 	}
 	b.events = log
 	for _, d := range rec.Damaged {
-		b.log.WithFields(logrus.Fields{"file": d.File, "offset": d.Offset}).Error("the event log has a damaged record")
+		logging.RecordDamaged.On(b.log).WithFields(logrus.Fields{"file": d.File, "offset": d.Offset}).Error("the event log has a damaged record")
 	}
 	if c := rec.Cut; c != nil {
-		b.log.WithFields(logrus.Fields{"file": c.File, "offset": c.Offset, "bytes": c.Bytes, "aside": c.Aside}).
+		logging.WriteCutOff.On(b.log).WithFields(logrus.Fields{"file": c.File, "offset": c.Offset, "bytes": c.Bytes, "aside": c.Aside}).
 			Warn("an unfinished write was cut off the event log; nothing in it had been acknowledged")
 	}
 	return nil

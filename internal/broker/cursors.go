@@ -14,6 +14,7 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"github.com/castrabus/castra/internal/bus"
+	"github.com/castrabus/castra/internal/logging"
 	"github.com/castrabus/castra/internal/session"
 	"github.com/castrabus/castra/internal/statefile"
 	"github.com/castrabus/castra/internal/wire"
@@ -74,12 +75,12 @@ func (b *Broker) OpenCursor(sub *session.Subscription, start uint64) (uint64, er
 	if err != nil {
 		b.Unsubscribe(sub)
 		if refusal, ok := errors.AsType[*bus.Error](err); ok && refusal.Code == bus.CodeInternal && b.shares.take(noteLog, vm, b.registered(vm), "", "") {
-			b.log.WithField("vm", vm).Errorf("%s; its subscriptions with a cursor are refused until the file is mended or moved away", refusal.Reason)
+			logging.CursorsUnreadable.On(b.log).WithField("vm", vm).Errorf("%s; its subscriptions with a cursor are refused until the file is mended or moved away", refusal.Reason)
 		}
 		return 0, err
 	}
 	if lost > 0 {
-		b.log.WithFields(logrus.Fields{"vm": vm, "cursor": name, "seq": lost}).
+		logging.CursorBeyondEnd.On(b.log).WithFields(logrus.Fields{"vm": vm, "cursor": name, "seq": lost}).
 			Warn("a cursor lay beyond the end of the event log, which was cut or restored; it is set to the end")
 	}
 	return next, nil

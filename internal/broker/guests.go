@@ -10,6 +10,7 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"github.com/castrabus/castra/internal/eventlog"
+	"github.com/castrabus/castra/internal/logging"
 	"github.com/castrabus/castra/internal/presence"
 	"github.com/castrabus/castra/internal/session"
 	"github.com/castrabus/castra/internal/wire"
@@ -166,7 +167,7 @@ func (b *Broker) Admit(ctx context.Context, s *session.Session, h wire.Hello, pr
 		b.records.event(handshakeEvent(s.VM(), caps, "granted", "", s.Remote(), 0))
 	}
 	b.records.handshake(h.VM)
-	b.entry(s).Info("guest connected")
+	logging.GuestConnected.On(b.entry(s)).Info("guest connected")
 	return &account{VM: v, broker: b}, session.Decision{}
 }
 
@@ -180,7 +181,7 @@ func (b *Broker) Release(s *session.Session, end session.End) {
 	if a, ok := s.Account().(*account); ok && b.table.Disconnect(a.VM, s) {
 		b.records.handshake(s.VM()) // its subscriptions have ended
 	}
-	e := b.entry(s)
+	e := logging.GuestDisconnected.On(b.entry(s))
 	switch end.Reason {
 	case "", session.TroubleShutdown:
 		e.Info("guest disconnected")
@@ -189,7 +190,7 @@ func (b *Broker) Release(s *session.Session, end session.End) {
 		e.Infof("guest disconnected: %s", end.Detail)
 		return
 	case session.TroubleSuperseded:
-		e.WithField("reason", end.Reason).Info("guest connected anew; its older session is closed")
+		logging.GuestSuperseded.On(e).WithField("reason", end.Reason).Info("guest connected anew; its older session is closed")
 	default:
 		e.WithField("reason", end.Reason).Warnf("guest disconnected: %s", end.Detail)
 	}
@@ -230,7 +231,7 @@ func (b *Broker) noteRefused(r session.Refusal) {
 	}
 	b.table.Refuse(r.VM, r.Reason)
 	if b.shares.take(noteLog, r.VM, known, r.Remote, r.Reason) {
-		b.log.WithFields(logrus.Fields{"vm": r.VM, "reason": r.Reason, "remote": r.Remote}).
+		logging.GuestRefused.On(b.log).WithFields(logrus.Fields{"vm": r.VM, "reason": r.Reason, "remote": r.Remote}).
 			Warn("guest refused; castractl status shows how to let it in")
 	}
 }

@@ -13,6 +13,7 @@ import (
 
 	"github.com/castrabus/castra/internal/bus"
 	"github.com/castrabus/castra/internal/eventlog"
+	"github.com/castrabus/castra/internal/logging"
 )
 
 // part is what of the broker can fail by itself, the worst first.
@@ -31,21 +32,26 @@ var partWords = [parts]struct {
 	state  string // before the cause, in the state
 	effect string // of its failing
 	again  string // said when it works again
+	broken logging.Event
+	works  logging.Event
 }{
 	partLog: {
 		"event-log", "",
 		"publishes are refused, and nothing acknowledged is lost; sessions, heartbeats and replay go on",
 		"the event log takes records again",
+		logging.StorageDegraded, logging.StorageRecovered,
 	},
 	partVMStreams: {
 		"vm-streams", "VM streams: ",
 		"publishes are taken and acknowledged; the VMs' own streams and ids wait, and the host stream keeps all that they have still to copy, beyond its retention",
 		"the VMs' streams are written again, and complete",
+		logging.VMStreamsBehind, logging.VMStreamsComplete,
 	},
 	partCursors: {
 		"cursors", "cursors: ",
 		"how far guests have read is not stored: after a restart of castrad some of it would be delivered again",
 		"how far guests have read is stored again",
+		logging.CursorsNotStored, logging.CursorsStored,
 	},
 }
 
@@ -85,9 +91,9 @@ func (b *Broker) note(p part, err error) {
 	case now == nil && was == nil, now != nil && was != nil && now.Cause == was.Cause:
 		return
 	case now == nil:
-		b.log.WithField("part", w.name).Info(w.again)
+		w.works.On(b.log).WithField("part", w.name).Info(w.again)
 	default:
-		b.log.WithError(err).WithFields(logrus.Fields{"part": w.name, "reason": now.Cause}).
+		w.broken.On(b.log).WithError(err).WithFields(logrus.Fields{"part": w.name, "reason": now.Cause}).
 			Errorf("degraded: %s%s: %s. To mend it: %s", w.state, now.Cause, w.effect, now.Advice)
 	}
 	select {

@@ -7,6 +7,7 @@ import (
 
 	"github.com/sirupsen/logrus"
 
+	"github.com/castrabus/castra/internal/logging"
 	"github.com/castrabus/castra/internal/presence"
 	"github.com/castrabus/castra/internal/session"
 )
@@ -79,7 +80,7 @@ func (b *Broker) bite(limit, vm, token, reason, action, detail string) {
 
 func (b *Broker) tellLimit(limit, vm, detail string) {
 	if times, due := b.limited.due(limit); due {
-		b.log.WithFields(logrus.Fields{"vm": vm, "limit": limit, "count": times}).Warnf("a limit is reached: %s", detail)
+		logging.LimitReached.On(b.log).WithFields(logrus.Fields{"vm": vm, "limit": limit, "count": times}).Warnf("a limit is reached: %s", detail)
 	}
 }
 
@@ -191,7 +192,7 @@ func (b *Broker) tellWithheld() {
 		}
 		switch w.kind {
 		case noteLog:
-			b.log.WithFields(logrus.Fields{"vm": vm, "reason": w.reason, "count": w.count}).
+			logging.RefusalsWithheld.On(b.log).WithFields(logrus.Fields{"vm": vm, "reason": w.reason, "count": w.count}).
 				Warn("guests were refused more often than is logged one by one; castractl status shows who")
 		case noteTrouble:
 			b.records.event(busEvent(vm, "", w.reason, session.ActionThrottle, "not recorded one by one", w.count))

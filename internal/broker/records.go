@@ -16,6 +16,7 @@ import (
 
 	"github.com/sirupsen/logrus"
 
+	"github.com/castrabus/castra/internal/logging"
 	"github.com/castrabus/castra/internal/presence"
 	"github.com/castrabus/castra/internal/statefile"
 	"github.com/castrabus/castra/internal/wire"
@@ -207,10 +208,10 @@ func (r *recorder) note(err error) {
 	r.dropped = 0
 	r.mu.Unlock()
 	if err != nil {
-		r.log.WithError(err).Error("cannot record handshakes")
+		logging.HandshakesNotRecorded.On(r.log).WithError(err).Error("cannot record handshakes")
 	}
 	if dropped > 0 {
-		r.log.WithField("count", dropped).Warn("handshakes were not recorded: the disk is too slow")
+		logging.HandshakesNotRecorded.On(r.log).WithField("count", dropped).Warn("handshakes were not recorded: the disk is too slow")
 	}
 }
 
@@ -357,7 +358,7 @@ func (r *rotated) write(lines []byte) error {
 	if r.f == nil {
 		f, moved, err := statefile.Append(r.path, 0o640)
 		if moved != "" {
-			r.log.WithFields(logrus.Fields{"file": r.path, "aside": moved}).Error("what is there is no file that castrad can use; it is set aside")
+			logging.StateSetAside.On(r.log).WithFields(logrus.Fields{"file": r.path, "aside": moved}).Error("what is there is no file that castrad can use; it is set aside")
 		}
 		if err != nil {
 			return err

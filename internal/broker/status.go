@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/castrabus/castra/internal/bus"
+	"github.com/castrabus/castra/internal/logging"
 	"github.com/castrabus/castra/internal/session"
 )
 
@@ -79,7 +80,7 @@ func (b *Broker) AddVM(_ context.Context, req bus.AddVMRequest) (created bool, k
 	if err == nil && created {
 		b.table.Know(req.Name)
 		b.table.Admitted(req.Name)
-		b.log.WithField("vm", req.Name).Info("VM registered")
+		logging.VMAdded.On(b.log).WithField("vm", req.Name).Info("VM registered")
 	}
 	return created, key, err
 }
@@ -96,7 +97,7 @@ func (b *Broker) RemoveVM(_ context.Context, name string) error {
 	if err != nil {
 		return err
 	}
-	b.log.WithField("vm", name).Info("VM removed")
+	logging.VMRemoved.On(b.log).WithField("vm", name).Info("VM removed")
 	return nil
 }
 
@@ -110,7 +111,7 @@ func (b *Broker) RekeyVM(_ context.Context, name string) (key []byte, err error)
 	if err != nil {
 		return nil, err
 	}
-	b.log.WithField("vm", name).Info("VM has a new key")
+	logging.VMRekeyed.On(b.log).WithField("vm", name).Info("VM has a new key")
 	return key, nil
 }
 

@@ -28,6 +28,7 @@ import (
 	"github.com/castrabus/castra/internal/backoff"
 	"github.com/castrabus/castra/internal/bus"
 	"github.com/castrabus/castra/internal/eventlog"
+	"github.com/castrabus/castra/internal/logging"
 )
 
 // CodeNotConnected refuses what cannot be had without the host just now.
@@ -52,8 +53,11 @@ type Options struct {
 	Version   string
 	Subscribe []string // topics that are always listened to; vm:self is the VM's own
 	Socket    string   // path of the local bus; empty: none is served
-	SpoolDir  string   // where what the host has not taken is kept; empty: in memory
-	SpoolSize int64    // bytes
+	// Listener, if set, is the local bus's socket, and Socket is not looked at. The
+	// agent closes it.
+	Listener  *net.UnixListener
+	SpoolDir  string // where what the host has not taken is kept; empty: in memory
+	SpoolSize int64  // bytes
 	Log       *logrus.Entry
 
 	fs eventlog.FS // nil: the machine's
@@ -110,7 +114,7 @@ func newAgent(opts Options, pace pacer, dial func(context.Context, string) (net.
 	}
 	var disk *disk
 	if disk, a.memory = spoolDisk(a.opts); disk == nil && opts.SpoolDir != "" {
-		opts.Log.WithFields(logrus.Fields{"directory": opts.SpoolDir, "reason": a.memory}).Error("the spool cannot be opened: what is published while the host is away is kept in memory alone, and lost if castra-guestd ends before the host is back")
+		logging.SpoolInMemory.On(opts.Log).WithFields(logrus.Fields{"directory": opts.SpoolDir, "reason": a.memory}).Error("the spool cannot be opened: what is published while the host is away is kept in memory alone, and lost if castra-guestd ends before the host is back")
 	}
 	a.outbox = newOutbox(opts.SpoolSize, disk)
 	a.watchers.init(a)
@@ -123,7 +127,11 @@ func newAgent(opts Options, pace pacer, dial func(context.Context, string) (net.
 	a.outbox.wake, a.outbox.note, a.outbox.lost = a.uplink.nudge, a.watchers.note, a.loss.lost
 	a.subs.wake, a.subs.note = a.uplink.nudge, a.watchers.note
 	err := a.Reload(opts.Address, opts.Subscribe)
-	if err == nil && opts.Socket != "" {
+	switch {
+	case err != nil:
+	case opts.Listener != nil:
+		a.local = newServer(opts.Listener, a)
+	case opts.Socket != "":
 		a.local, err = listen(opts.Socket, a)
 	}
 	if err != nil {
@@ -161,7 +169,7 @@ func (a *Agent) Run(ctx context.Context) {
 	stopKeeping() // which first puts on disk what is not there yet
 	within(diskPatience, kept)
 	if lost := a.outbox.abandon(); lost > 0 {
-		a.opts.Log.WithField("records", lost).Warn("stopping with messages that the host has not taken and that are in memory alone; they are lost")
+		logging.MessagesLost.On(a.opts.Log).WithField("records", lost).Warn("stopping with messages that the host has not taken and that are in memory alone; they are lost")
 	}
 	close(a.ended)
 	stop()

@@ -14,6 +14,7 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"github.com/castrabus/castra/internal/bus"
+	"github.com/castrabus/castra/internal/logging"
 	"github.com/castrabus/castra/internal/wire"
 )
 
@@ -327,7 +328,7 @@ func (c *client) overrun(topic string) {
 	c.mu.Unlock()
 	_ = c.conn.SetWriteDeadline(time.Now().Add(farewell)) // ends a write under way too
 	c.nudge()
-	c.agent.opts.Log.WithFields(logrus.Fields{"topic": topic, "bytes": clientBuffer}).Warn("a client of the local socket does not read what it subscribed to; disconnecting it")
+	logging.ClientTooSlow.On(c.agent.opts.Log).WithFields(logrus.Fields{"topic": topic, "bytes": clientBuffer}).Warn("a client of the local socket does not read what it subscribed to; disconnecting it")
 }
 
 // shut ends the connection because the daemon ends: what is not answered by now is

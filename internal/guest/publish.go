@@ -10,6 +10,7 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"github.com/castrabus/castra/internal/bus"
+	"github.com/castrabus/castra/internal/logging"
 	"github.com/castrabus/castra/internal/wire"
 )
 
@@ -128,7 +129,7 @@ func (l *lossLog) lost(r *Record, err *bus.Error) {
 	}
 	l.mu.Unlock()
 	if due {
-		l.log.WithFields(logrus.Fields{"topic": r.Topic, "id": r.ID, "reason": err.Error(), "records": n}).Warn("the host refused a kept message for good; it is lost")
+		logging.MessagesLost.On(l.log).WithFields(logrus.Fields{"topic": r.Topic, "id": r.ID, "reason": err.Error(), "records": n}).Warn("the host refused a kept message for good; it is lost")
 	}
 }
 
@@ -139,6 +140,6 @@ func (l *lossLog) flush() {
 	l.count = 0
 	l.mu.Unlock()
 	if n > 0 {
-		l.log.WithField("records", n).Warn("the host refused more kept messages for good; they are lost")
+		logging.MessagesLost.On(l.log).WithField("records", n).Warn("the host refused more kept messages for good; they are lost")
 	}
 }

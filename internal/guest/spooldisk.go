@@ -15,6 +15,7 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"github.com/castrabus/castra/internal/eventlog"
+	"github.com/castrabus/castra/internal/logging"
 	"github.com/castrabus/castra/internal/wire"
 )
 
@@ -77,7 +78,7 @@ func openDisk(opts diskOptions) (*disk, error) {
 		// Sent as this VM's they would be a lie, and deleted they would be lost.
 		var aside string
 		if aside, err = d.setAside(); err == nil {
-			d.logger.WithFields(logrus.Fields{"other": other, "directory": aside}).Error("the spool under this VM's name holds messages of another VM; they are kept aside and not sent: move them to where they belong, or remove them")
+			logging.SpoolOther.On(d.logger).WithFields(logrus.Fields{"other": other, "directory": aside}).Error("the spool under this VM's name holds messages of another VM; they are kept aside and not sent: move them to where they belong, or remove them")
 			_, err = d.open(opts.size)
 		}
 	}
@@ -86,7 +87,7 @@ func openDisk(opts diskOptions) (*disk, error) {
 	}
 	d.others(opts.dir)
 	if n := d.found.records(); n > 0 {
-		d.logger.WithFields(logrus.Fields{"records": n, "directory": d.dir}).Info("the spool holds messages from before; they go to the host first")
+		logging.SpoolFound.On(d.logger).WithFields(logrus.Fields{"records": n, "directory": d.dir}).Info("the spool holds messages from before; they go to the host first")
 	}
 	return d, nil
 }
@@ -117,8 +118,10 @@ func (d *disk) open(size int64) (other string, err error) {
 		StallAfter:  storePatience,
 		Recent:      1, // of the last write alone: what is to be sent is in memory anyway
 		OnState:     d.state,
-		OnError:     func(err error) { d.logger.WithError(err).Warn("the spool has trouble on disk") },
-		OnDamage:    d.damaged,
+		OnError: func(err error) {
+			logging.SpoolDegraded.On(d.logger).WithError(err).Warn("the spool has trouble on disk")
+		},
+		OnDamage: d.damaged,
 	})
 	if err != nil {
 		return "", err
@@ -137,11 +140,11 @@ func (d *disk) open(size int64) (other string, err error) {
 func (d *disk) recover(rec *eventlog.Recovery) error {
 	released, err := readReleased(d.fs, d.dir)
 	if err != nil {
-		d.logger.WithError(err).Warn("the spool does not say how far the host has taken it; all that is left in it is sent again")
+		logging.SpoolDegraded.On(d.logger).WithError(err).Warn("the spool does not say how far the host has taken it; all that is left in it is sent again")
 	}
 	if released > rec.Last {
 		// Numbers given from now on must not count as released.
-		d.logger.WithFields(logrus.Fields{"released": released, "last": rec.Last, "directory": d.dir}).Warn("the spool ends before what the host has taken of it: it was replaced, or its newest file removed")
+		logging.SpoolDegraded.On(d.logger).WithFields(logrus.Fields{"released": released, "last": rec.Last, "directory": d.dir}).Warn("the spool ends before what the host has taken of it: it was replaced, or its newest file removed")
 		released = rec.Last
 		if err := d.save(released); err != nil {
 			return err
@@ -151,7 +154,7 @@ func (d *disk) recover(rec *eventlog.Recovery) error {
 	kept := ""
 	if c := rec.Cut; c != nil {
 		kept = filepath.Base(c.Aside)
-		d.logger.WithFields(logrus.Fields{"file": c.File, "offset": c.Offset, "bytes": c.Bytes, "kept": c.Aside}).Info("the spool ended in an unfinished write, of which nobody had been told; it was cut off and kept aside")
+		logging.WriteCutOff.On(d.logger).WithFields(logrus.Fields{"file": c.File, "offset": c.Offset, "bytes": c.Bytes, "kept": c.Aside}).Info("the spool ended in an unfinished write, of which nobody had been told; it was cut off and kept aside")
 	}
 	entries, err := d.fs.ReadDir(d.dir)
 	if err != nil {
@@ -160,7 +163,7 @@ func (d *disk) recover(rec *eventlog.Recovery) error {
 	for _, e := range entries { // of earlier crashes; or they would grow without bound
 		if strings.Contains(e.Name(), ".jsonl.cut-") && e.Name() != kept {
 			if err := d.fs.Remove(filepath.Join(d.dir, e.Name())); err != nil {
-				d.logger.WithError(err).Warn("the spool has trouble on disk")
+				logging.SpoolDegraded.On(d.logger).WithError(err).Warn("the spool has trouble on disk")
 			}
 		}
 	}
@@ -215,7 +218,7 @@ func (d *disk) setAside() (name string, err error) {
 func (d *disk) others(dir string) {
 	entries, err := d.fs.ReadDir(dir)
 	if err != nil {
-		d.logger.WithError(err).Warn("the spool has trouble on disk")
+		logging.SpoolDegraded.On(d.logger).WithError(err).Warn("the spool has trouble on disk")
 		return
 	}
 	for _, e := range entries {
@@ -224,7 +227,7 @@ func (d *disk) others(dir string) {
 			continue
 		}
 		if n := left(d.fs, filepath.Join(dir, name)); n > 0 {
-			d.logger.WithFields(logrus.Fields{"other": name, "records": n, "directory": filepath.Join(dir, name)}).Warn("the spool of another VM is on this disk, with messages that the host has not taken; they are kept and not sent: only a castra-guestd of that name sends them")
+			logging.SpoolOther.On(d.logger).WithFields(logrus.Fields{"other": name, "records": n, "directory": filepath.Join(dir, name)}).Warn("the spool of another VM is on this disk, with messages that the host has not taken; they are kept and not sent: only a castra-guestd of that name sends them")
 		}
 	}
 }
@@ -273,10 +276,10 @@ func (d *disk) close(patience time.Duration) {
 	select {
 	case err := <-closed:
 		if err != nil {
-			d.logger.WithError(err).Warn("closing the spool")
+			logging.SpoolDegraded.On(d.logger).WithError(err).Warn("closing the spool")
 		}
 	case <-late.C:
-		d.logger.Warn("the spool's disk does not answer; ending without it")
+		logging.SpoolDegraded.On(d.logger).Warn("the spool's disk does not answer; ending without it")
 	}
 }
 
@@ -284,23 +287,23 @@ func (d *disk) close(patience time.Duration) {
 func (d *disk) state(s eventlog.State) {
 	switch {
 	case s.Degraded == "":
-		d.logger.Info("the spool's disk takes messages again")
+		logging.SpoolRecovered.On(d.logger).Info("the spool's disk takes messages again")
 	default:
-		d.logger.WithFields(logrus.Fields{"state": s.Degraded, "reason": fmt.Sprint(s.Err), "directory": d.dir}).Error("the spool cannot be written; while the host is away, publishers are refused")
+		logging.SpoolDegraded.On(d.logger).WithFields(logrus.Fields{"state": s.Degraded, "reason": fmt.Sprint(s.Err), "directory": d.dir}).Error("the spool cannot be written; while the host is away, publishers are refused")
 	}
 }
 
 // failed and works tell, once each, that the loader's disk fails and no longer does.
 func (d *disk) failed(doing string, err error) {
 	if !d.failing {
-		d.logger.WithError(err).Errorf("%s; trying again at times", doing)
+		logging.SpoolDegraded.On(d.logger).WithError(err).Errorf("%s; trying again at times", doing)
 	}
 	d.failing = true
 }
 
 func (d *disk) works() {
 	if d.failing {
-		d.logger.Info("the spool can be read and released again")
+		logging.SpoolRecovered.On(d.logger).Info("the spool can be read and released again")
 	}
 	d.failing = false
 }
@@ -314,13 +317,13 @@ func (d *disk) damaged(at eventlog.Damage) {
 	}
 	d.mu.Unlock()
 	if !said {
-		d.logger.WithFields(logrus.Fields{"file": at.File, "offset": at.Offset}).Error("the spool is damaged here; what is readable behind it is sent")
+		logging.SpoolDamaged.On(d.logger).WithFields(logrus.Fields{"file": at.File, "offset": at.Offset}).Error("the spool is damaged here; what is readable behind it is sent")
 	}
 }
 
 // lost tells of records that their publishers were told are kept.
 func (d *disk) lost(gap *eventlog.Gap) {
-	d.logger.WithFields(logrus.Fields{"from": gap.From, "to": gap.To, "records": gap.To - gap.From + 1}).Error("kept messages cannot be read from the spool any more; they are lost")
+	logging.MessagesLost.On(d.logger).WithFields(logrus.Fields{"from": gap.From, "to": gap.To, "records": gap.To - gap.From + 1}).Error("kept messages cannot be read from the spool any more; they are lost")
 }
 
 // left counts what the host has not taken of a spool that is not open; it may count

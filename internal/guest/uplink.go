@@ -13,6 +13,7 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"github.com/castrabus/castra/internal/bus"
+	"github.com/castrabus/castra/internal/logging"
 )
 
 const (
@@ -167,7 +168,7 @@ func (u *uplink) serve(ctx context.Context, address string) outcome {
 	u.state.token, u.state.local, u.state.handshake, u.state.err = token, conn.LocalAddr().String(), begun, nil
 	u.mu.Unlock()
 	u.note()
-	u.log.WithFields(logrus.Fields{"address": address, "session": token}).Info("connected to the host")
+	logging.HostConnected.On(u.log).WithFields(logrus.Fields{"address": address, "session": token}).Info("connected to the host")
 	err = sess.run(ctx)
 	u.mu.Lock()
 	u.sess = nil
@@ -195,11 +196,11 @@ func (u *uplink) failed(err error, wait time.Duration) {
 	log := u.log.WithField("address", address)
 	switch r, refused := errors.AsType[*refusal](err); {
 	case refused:
-		log.WithField("reason", r.reason).Warnf("the host does not take this VM: %s; trying again at times", r.advice())
+		logging.HostRefused.On(log).WithField("reason", r.reason).Warnf("the host does not take this VM: %s; trying again at times", r.advice())
 	case errors.Is(err, errMoved):
-		log.Info("going to the host at its new address")
+		logging.HostMoved.On(log).Info("going to the host at its new address")
 	default:
-		log.WithField("reason", err.Error()).Warn("not connected to the host; trying again at times")
+		logging.HostUnreachable.On(log).WithField("reason", err.Error()).Warn("not connected to the host; trying again at times")
 	}
 }
 

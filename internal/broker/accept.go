@@ -125,15 +125,31 @@ func (g *greeted) SetDeadline(t time.Time) error {
 type handshakes struct {
 	max int
 
-	mu  sync.Mutex
-	all list.List // of session.Conn, oldest first
+	mu   sync.Mutex
+	all  list.List // of session.Conn, oldest first
+	over bool      // there are to be no more
+}
+
+// end closes them all, and those that come.
+func (h *handshakes) end() {
+	h.mu.Lock()
+	h.over = true
+	conns := make([]session.Conn, 0, h.all.Len())
+	for e := h.all.Front(); e != nil; e = e.Next() {
+		conns = append(conns, e.Value.(session.Conn))
+	}
+	h.all.Init()
+	h.mu.Unlock()
+	for _, c := range conns {
+		_ = c.Close()
+	}
 }
 
 func (h *handshakes) enter(c session.Conn) (leave func()) {
 	h.mu.Lock()
 	e := h.all.PushBack(c)
 	var oldest session.Conn
-	if h.max > 0 && h.all.Len() > h.max {
+	if h.over || h.max > 0 && h.all.Len() > h.max {
 		oldest = h.all.Remove(h.all.Front()).(session.Conn)
 	}
 	h.mu.Unlock()

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -39,7 +40,8 @@ type Options struct {
 	HostRetention int64
 	VMRetention   int64
 	RetentionAge  time.Duration
-	MaxHandshakes int // unfinished at once; beyond it the oldest is closed
+	MaxHandshakes int      // unfinished at once; beyond it the oldest is closed
+	Inherit       *os.File // what the castrad before handed over; nil: nothing
 	Settings
 }
 
@@ -79,6 +81,7 @@ type Broker struct {
 	watchers watchers
 
 	handshakes handshakes
+	parking    parking
 	listeners  atomic.Pointer[[]*listener] // replaced, never changed in place
 	acked      ackMemory
 	left       []presence.Change // what a castrad that was killed had no time to say
@@ -120,14 +123,12 @@ func Open(opts Options) (*Broker, error) {
 	if err != nil {
 		b.log.WithError(err).Warn("who was reachable when castrad ended is not known")
 	}
-	for _, name := range left {
-		b.left = append(b.left, presence.Change{VM: name, Reason: presence.ReasonRestarted})
-	}
 	for _, e := range opts.Registry.List() {
 		b.table.Know(e.Name)
 	}
 	b.ctx, b.cancel = context.WithCancel(context.Background())
 	b.ctx2, b.cancel2 = context.WithCancel(context.Background())
+	b.inherit(left)
 	b.work.Go(func() { b.records.run(b.ctx2) })
 	b.work.Go(func() { b.cursors.run(b.ctx2, b.log) })
 	b.work.Go(b.sweep)

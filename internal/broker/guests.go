@@ -107,11 +107,12 @@ func (b *Broker) Admit(ctx context.Context, s *session.Session, h wire.Hello, pr
 	b.records.event(handshakeEvent(s.VM(), caps, "granted", "", s.Remote()))
 	b.records.handshake(h.VM)
 	b.entry(s).Info("guest connected")
-	return &account{VM: v, broker: b}, session.Decision{}
+	return &account{VM: v, broker: b, key: proven}, session.Decision{}
 }
 
 // Release notes the end of a session.
 func (b *Broker) Release(s *session.Session, end session.End) {
+	b.parking.stopped(s, false)
 	if a, ok := s.Account().(*account); ok && b.table.Disconnect(a.VM, s) {
 		b.records.handshake(s.VM()) // its subscriptions have ended
 	}
@@ -183,6 +184,7 @@ func (b *Broker) Visible(vm string) func(*eventlog.Record) bool {
 type account struct {
 	*presence.VM
 	broker *Broker
+	key    []byte // what the session has proved to hold; nil: nothing
 }
 
 // Allow takes a record off the VM's share of the broker.

@@ -22,8 +22,8 @@ func (d *daemon) brokerOptions() broker.Options {
 		SyncName: string(s.Sync), SyncEvery: s.Sync.Every(),
 		SegmentSize: int64(s.SegmentSize), HostRetention: int64(s.HostRetentionSize),
 		VMRetention: int64(s.VMRetentionSize), RetentionAge: s.RetentionAge.Std(),
-		MaxHandshakes: d.cfg.Limits.MaxHandshakes,
-		Settings:      settings(d.cfg),
+		MaxHandshakes: d.cfg.Limits.MaxHandshakes, Inherit: d.stored,
+		Settings: settings(d.cfg),
 	}
 }
 

@@ -69,6 +69,7 @@ type daemon struct {
 	cfg     config.Host
 	log     *logrus.Logger
 
+	stored *os.File // what the castrad before left; nil: nothing
 	broker *broker.Broker
 	reg    *identity.Registry
 	status sdnotify.Status
@@ -123,10 +124,11 @@ func (d *daemon) run() error {
 		d.reload()
 	}
 	signal.Stop(signals) // a second one ends what hangs
-	d.notify("STOPPING=1\nSTATUS=Ending sessions")
+	d.notify("STOPPING=1\nSTATUS=Ending")
 	cancel()
 	work.Wait()
 	api.Close()
+	d.handOver()
 	return d.broker.Close()
 }
 
@@ -156,8 +158,11 @@ func (d *daemon) listeners() ([]net.Listener, error) {
 		// Health and metrics sockets are taken over and left unserved: nothing is
 		// served there yet, and closing them would make systemd start castrad
 		// over and over.
-		if p.Use == sdnotify.SocketBus {
+		switch p.Use {
+		case sdnotify.SocketBus:
 			lns = append(lns, p.Listener)
+		case sdnotify.HandOver:
+			d.inherit(p.Stored)
 		}
 	}
 	if len(lns) > 0 {

@@ -145,6 +145,7 @@ func (s *Session) write(b []byte) error {
 	select {
 	case s.writer <- struct{}{}:
 		s.waitMu.Unlock()
+		b = s.takeWaiting(b)
 	default:
 		if len(s.waiting)+len(b) <= maxWaiting {
 			s.waiting = append(s.waiting, b...)
@@ -153,6 +154,7 @@ func (s *Session) write(b []byte) error {
 		}
 		s.waitMu.Unlock()
 		s.writer <- struct{}{}
+		b = s.takeWaiting(b)
 	}
 	if err := s.send(b); err != nil {
 		<-s.writer
@@ -186,7 +188,7 @@ func (s *Session) release() error {
 // nothing for WriteTimeout loses its session.
 func (s *Session) send(b []byte) error {
 	if s.ended.Load() != nil {
-		return errEnded
+		return s.keep(b)
 	}
 	var n int
 	var err error
@@ -200,6 +202,7 @@ func (s *Session) send(b []byte) error {
 	n = max(0, n)
 	switch {
 	case n == len(b):
+		s.torn = false
 		return nil
 	case waitErr != nil:
 		err = waitErr
@@ -209,12 +212,16 @@ func (s *Session) send(b []byte) error {
 		n += m
 	}
 	if err == nil {
+		s.torn = false
 		return nil
 	}
-	s.torn = n > 0
+	s.torn = s.torn || n > 0
 	if errors.Is(err, os.ErrDeadlineExceeded) {
 		s.End(TroubleSlowConsumer, s.slowness(len(b)-n)) // unless it was ended already
-		return errEnded
+		err = errEnded
+	}
+	if errors.Is(err, errEnded) {
+		return s.keep(b[n:])
 	}
 	return fmt.Errorf("writing to the guest: %w", err)
 }

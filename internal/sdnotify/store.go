@@ -3,7 +3,6 @@ package sdnotify
 import (
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"time"
 
@@ -60,11 +59,11 @@ func barrier(patience time.Duration) error {
 
 // send sends one message with a descriptor, which daemon.SdNotify cannot.
 func send(text string, f *os.File) error {
-	conn, err := net.DialUnix("unixgram", nil, &net.UnixAddr{Name: os.Getenv("NOTIFY_SOCKET"), Net: "unixgram"})
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return err
 	}
-	defer conn.Close()
-	_, _, err = conn.WriteMsgUnix([]byte(text), unix.UnixRights(int(f.Fd())), nil)
-	return err
+	defer unix.Close(fd)
+	to := &unix.SockaddrUnix{Name: os.Getenv("NOTIFY_SOCKET")} // a first @ is for an abstract one there, too
+	return unix.Sendmsg(fd, []byte(text), unix.UnixRights(int(f.Fd())), to, unix.MSG_NOSIGNAL)
 }

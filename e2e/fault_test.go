@@ -157,18 +157,23 @@ func (f *faultLab) recovers(code string) {
 // the function that it gives is called.
 func (f *faultLab) inject(calls, what string) (end func()) {
 	f.Helper()
-	out := f.path("strace.out")
-	argv := sudo("strace", "--quiet=all", "-f", "-p", strconv.Itoa(f.castrad.Process.Pid), "-o", out,
+	return f.injectInto(strconv.Itoa(f.castrad.Process.Pid), calls, what)
+}
+
+func (l *lab) injectInto(pid, calls, what string) (end func()) {
+	l.Helper()
+	out := l.path("strace.out")
+	argv := sudo("strace", "--quiet=all", "-f", "-p", pid, "-o", out,
 		"-e", "trace="+calls, "-e", "inject="+calls+":"+what)
-	cmd := f.start("strace", nil, argv...)
-	f.until("the fault is injected", func() error {
+	cmd := l.start("strace", nil, argv...)
+	l.until("the fault is injected", func() error {
 		b, err := os.ReadFile(out)
 		if err == nil && !bytes.Contains(b, []byte("INJECTED")) && !bytes.Contains(b, []byte("DELAYED")) {
 			err = fmt.Errorf("strace has seen %q", b)
 		}
 		return err
 	})
-	return func() { f.stop("strace", cmd) }
+	return func() { l.stop("strace", cmd) }
 }
 
 // Syncs fail, one on each thread that the committer runs on until the fault is

@@ -168,7 +168,8 @@ func (l *lab) injectInto(pid, calls, what string) (end func()) {
 	cmd := l.start("strace", nil, argv...)
 	l.until("the fault is injected", func() error {
 		b, err := os.ReadFile(out)
-		if err == nil && !bytes.Contains(b, []byte("INJECTED")) && !bytes.Contains(b, []byte("DELAYED")) {
+		begun := strings.HasPrefix(what, "delay_enter") && bytes.Contains(b, []byte(calls+"(")) // it is marked when it ends
+		if err == nil && !bytes.Contains(b, []byte("INJECTED")) && !begun {
 			err = fmt.Errorf("strace has seen %q", b)
 		}
 		return err

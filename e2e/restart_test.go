@@ -30,9 +30,9 @@ func TestRestart(t *testing.T) {
 	fleet.untilAcked(2 * publishing)
 
 	// An operator who watches: castractl goes on by itself.
-	tail := h.start("tail", nil, sudo("sh", "-c", `exec nsenter --target "$0" --all castractl bus tail -n 0 -o json >"$1"`, h.leader, h.path("tail.jsonl"))...)
-	h.untilFile("tail.jsonl", `"seq"`)
-	newest := h.head()
+	h.run("systemd-run", "--quiet", "--unit=tail", "--property=StandardOutput=file:/var/tmp/tail.jsonl", "castractl", "bus", "tail", "-n", "0", "-o", "json")
+	const shown = "root/var/tmp/tail.jsonl"
+	h.untilFile(shown, `"seq"`)
 
 	// restarted waits until all is as before, and says how long guests waited.
 	restarted := func(how string) {
@@ -51,17 +51,18 @@ func TestRestart(t *testing.T) {
 		fleet.ask("mark")
 		h.run("systemctl", "restart", "castrad")
 		restarted("systemctl restart")
+		t.Log(h.run("sh", "-c", "journalctl -u castrad -o short-precise --no-pager | grep -v 'guest connected' | tail -9"))
 	}
 	h.upgrade("9.9.9")
 	fleet.ask("mark")
 	h.run("sh", "-c", "systemctl daemon-reload && systemctl try-restart castrad") // as debhelper's maintainer scripts do
 	restarted("upgrade")
-	h.want(h.run("castractl", "status", "i0"), "castrad 9.9.9", "reachable")
+	h.want(h.run("castractl", "status", "i0", "--json"), `"version":"9.9.9"`, `"state":"reachable"`)
 	if out := h.run("castractl", "bus", "tail", "--topic", "castra.presence", "--no-follow", "-n", "all", "-o", "cat"); strings.Contains(out, "unreachable") {
 		t.Errorf("guests were announced as gone:\n%.500s", out)
 	}
-	h.checkTail("tail.jsonl", newest)
-	h.stop("tail", tail)
+	h.checkTail(shown, h.head())
+	h.run("systemctl", "stop", "tail")
 
 	if out := h.run("systemctl", "show", "--property=NRestarts", "castrad"); !strings.Contains(out, "NRestarts=0") {
 		t.Errorf("before anything was killed: %s", out)
@@ -171,13 +172,13 @@ func (h *host) blockDisk(t *testing.T, fleet *fleetRun, all int) {
 	end := h.injectInto(strings.TrimSpace(string(out)), "fdatasync", "delay_enter=120s")
 	began := time.Now()
 	h.until("castrad is degraded", func() error {
-		if out := h.run("castractl", "status", "p0"); !strings.Contains(out, "degraded: disk stalled") {
+		if out := h.run("castractl", "status", "p0", "--json"); !strings.Contains(out, "degraded: disk stalled") {
 			return errors.New(out)
 		}
 		return nil
 	})
 	time.Sleep(time.Until(began.Add(time.Minute))) // the fault's length
-	h.want(h.run("castractl", "status", "p0"), "degraded: disk stalled")
+	h.want(h.run("castractl", "status", "p0", "--json"), "degraded: disk stalled", `"state":"reachable"`)
 	during := fleet.ask("tell")
 	end()
 	fleet.untilAcked(800)
@@ -191,6 +192,6 @@ func (h *host) blockDisk(t *testing.T, fleet *fleetRun, all int) {
 	if now := strings.TrimSpace(h.run("systemctl", "show", "--property=MainPID", "--value", "castrad")); now != pid {
 		t.Errorf("castrad was killed: process %s became %s", pid, now)
 	}
-	h.want(h.run("castractl", "status", "p0"), "running")
+	h.want(h.run("castractl", "status", "p0", "--json"), `"state":"running"`)
 	t.Logf("a disk that blocks for a minute: degraded, %d publishes refused and sent again, 0 of %d connections lost", after.Refused-before.Refused, all)
 }

@@ -7,7 +7,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
+	"runtime"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/sirupsen/logrus"
@@ -52,7 +54,6 @@ func (b *Broker) resume(resumed map[string]bool) (sessions int, err error) {
 		return 0, err
 	}
 	defer state.Close()
-	defer b.opts.Inherit.Close()
 	header, vms, err := readHandOver(state)
 	switch {
 	case err != nil:
@@ -69,35 +70,45 @@ func (b *Broker) resume(resumed map[string]bool) (sessions int, err error) {
 		return 0, err
 	}
 	elapsed := max(0, handover.Clock()-header.Clock)
+	var started atomic.Int64
+	var work sync.WaitGroup
+	todo := make(chan func()) // unbuffered: no more than can be worked on
+	for range runtime.GOMAXPROCS(0) {
+		work.Go(func() {
+			for f := range todo {
+				f()
+			}
+		})
+	}
 	for i := range vms {
 		vm := &vms[i]
-		var conn net.Conn
+		var conn *handover.Conn
 		if vm.Session != nil {
 			conn, conns = conns[0], conns[1:]
 		}
-		if b.resumeVM(vm, conn, elapsed) {
-			sessions++
-		}
-		if v, ok := b.table.Last(vm.VM); ok && !v.Handshake.IsZero() {
-			resumed[vm.VM] = true // what of it is news, Resume has noted
+		todo <- func() {
+			if b.resumeVM(vm, conn, elapsed) {
+				started.Add(1)
+			}
 		}
 	}
-	return sessions, nil
+	close(todo)
+	work.Wait()
+	for i := range vms {
+		if v, ok := b.table.Last(vms[i].VM); ok && !v.Handshake.IsZero() {
+			resumed[vms[i].VM] = true // what of it is news, Resume has noted
+		}
+	}
+	return int(started.Load()), nil
 }
 
 // resumeVM takes in a VM and starts its session, if it has one that can go on.
-func (b *Broker) resumeVM(vm *handOverVM, conn net.Conn, elapsed time.Duration) bool {
+func (b *Broker) resumeVM(vm *handOverVM, conn *handover.Conn, elapsed time.Duration) bool {
 	entry := b.log.WithField("vm", vm.VM)
 	var s *session.Session
 	if conn != nil {
-		c, ok := conn.(session.Conn)
 		var err error
-		if !ok {
-			err = fmt.Errorf("a %T cannot carry a session", conn)
-		} else {
-			s, err = session.Thaw(vm.VM, c, b, b.sessionOptions(), vm.Session)
-		}
-		if err != nil {
+		if s, err = session.Thaw(vm.VM, conn, b, b.sessionOptions(), vm.Session); err != nil {
 			entry.WithError(err).Error("a session cannot be taken over; its guest connects anew")
 			_ = conn.Close()
 		}

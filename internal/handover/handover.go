@@ -5,11 +5,9 @@
 package handover
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"os"
 	"strconv"
 	"time"
@@ -115,39 +113,44 @@ func (p *Parcel) Close() {
 // Unpack takes out what is queued at the successor's end: the state and the
 // connections in their order. It does not wait, since whoever packed it has ended.
 // Where an error is returned, everything that was queued is closed.
-func Unpack(end *os.File) (state *os.File, conns []net.Conn, err error) {
+func Unpack(end *os.File) (state *os.File, conns []*Conn, err error) {
 	defer func() {
+		_ = end.Close() // with an error the kernel closes what is still queued in it
 		if err != nil {
-			discard(end, state, conns)
+			for _, c := range conns {
+				_ = c.Close()
+			}
+			if state != nil {
+				_ = state.Close()
+			}
 			state, conns = nil, nil
 		}
 	}()
-	text, files, err := receive(end)
+	text, fds, err := receive(end)
 	if err != nil {
 		return nil, nil, fmt.Errorf("taking over the state: %w", err)
 	}
-	if text != greeting || len(files) != 1 {
-		closeAll(files)
-		return nil, nil, fmt.Errorf("it begins with %.40q and %d descriptors, and not with %q and one: it was left by another version", text, len(files), greeting)
+	if text != greeting || len(fds) != 1 {
+		closeAll(fds)
+		return nil, nil, fmt.Errorf("it begins with %.40q and %d descriptors, and not with %q and one: it was left by another version", text, len(fds), greeting)
 	}
-	state = files[0]
+	state = os.NewFile(uintptr(fds[0]), "hand-over, the state")
 	for {
-		text, files, err := receive(end)
+		text, fds, err := receive(end)
 		if errors.Is(err, io.EOF) {
 			return state, conns, nil
 		}
 		if err != nil {
 			return state, conns, fmt.Errorf("taking over connections behind the %dth: %w", len(conns), err)
 		}
-		if text != strconv.Itoa(len(files)) {
-			closeAll(files)
-			return state, conns, fmt.Errorf("a message announces %.40q descriptors and has %d", text, len(files))
+		if text != strconv.Itoa(len(fds)) {
+			closeAll(fds)
+			return state, conns, fmt.Errorf("a message announces %.40q descriptors and has %d", text, len(fds))
 		}
-		for i, f := range files {
-			conn, err := net.FileConn(f) // of a duplicate
-			_ = f.Close()
+		for i, fd := range fds {
+			conn, err := newConn(fd)
 			if err != nil {
-				closeAll(files[i+1:])
+				closeAll(fds[i:])
 				return state, conns, fmt.Errorf("taking over the %dth connection: %w", len(conns)+1, err)
 			}
 			conns = append(conns, conn)
@@ -156,10 +159,10 @@ func Unpack(end *os.File) (state *os.File, conns []net.Conn, err error) {
 }
 
 // receive takes one message out, io.EOF where there is none left.
-func receive(end *os.File) (string, []*os.File, error) {
-	text := make([]byte, 2*len(greeting))
+func receive(end *os.File) (text string, fds []int, err error) {
+	data := make([]byte, 2*len(greeting))
 	control := make([]byte, unix.CmsgSpace(4*(perMessage+1)))
-	n, used, flags, _, err := unix.Recvmsg(int(end.Fd()), text, control, unix.MSG_DONTWAIT|unix.MSG_CMSG_CLOEXEC)
+	n, used, flags, _, err := unix.Recvmsg(int(end.Fd()), data, control, unix.MSG_DONTWAIT|unix.MSG_CMSG_CLOEXEC)
 	switch {
 	case errors.Is(err, unix.EAGAIN):
 		return "", nil, fmt.Errorf("the queue ends before its end: %w", io.ErrUnexpectedEOF)
@@ -168,41 +171,27 @@ func receive(end *os.File) (string, []*os.File, error) {
 	case n == 0 && used == 0:
 		return "", nil, io.EOF
 	}
-	var files []*os.File
 	messages, err := unix.ParseSocketControlMessage(control[:used])
 	for i := range messages {
-		var fds []int
-		if fds, err = unix.ParseUnixRights(&messages[i]); err != nil {
+		var some []int
+		if some, err = unix.ParseUnixRights(&messages[i]); err != nil {
 			break
 		}
-		for _, fd := range fds {
-			files = append(files, os.NewFile(uintptr(fd), "handed over"))
-		}
+		fds = append(fds, some...)
 	}
 	if err == nil && flags&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0 {
 		// Most likely more descriptors than this process may have.
 		err = errors.New("a message did not fit: is LimitNOFILE= large enough?")
 	}
 	if err != nil {
-		closeAll(files)
+		closeAll(fds)
 		return "", nil, err
 	}
-	return string(bytes.TrimSpace(text[:n])), files, nil
+	return string(data[:n]), fds, nil
 }
 
-// discard closes what was taken over, and what is still queued with the end.
-func discard(end, state *os.File, conns []net.Conn) {
-	for _, c := range conns {
-		_ = c.Close()
-	}
-	if state != nil {
-		_ = state.Close()
-	}
-	_ = end.Close() // the kernel closes what is queued in it
-}
-
-func closeAll(files []*os.File) {
-	for _, f := range files {
-		_ = f.Close()
+func closeAll(fds []int) {
+	for _, fd := range fds {
+		_ = unix.Close(fd)
 	}
 }

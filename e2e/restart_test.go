@@ -47,11 +47,10 @@ func TestRestart(t *testing.T) {
 	fleet.ask("mark")
 	fleet.untilAcked(2 * publishing)
 	t.Logf("undisturbed, the longest answer takes %v", fleet.ask("tell").Pause.Round(time.Millisecond))
-	for range 3 {
+	for range 2 {
 		fleet.ask("mark")
 		h.run("systemctl", "restart", "castrad")
 		restarted("systemctl restart")
-		t.Log(h.run("sh", "-c", "journalctl -u castrad -o short-precise --no-pager | grep -v 'guest connected' | tail -9"))
 	}
 	h.upgrade("9.9.9")
 	fleet.ask("mark")

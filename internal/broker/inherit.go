@@ -9,7 +9,6 @@ import (
 	"io"
 	"runtime"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/sirupsen/logrus"
@@ -48,7 +47,7 @@ func (b *Broker) inherit(left []string) {
 
 // resume fills the table and starts the sessions. It notes in resumed whom nobody
 // is to be told of. After an error nothing was taken over.
-func (b *Broker) resume(resumed map[string]bool) (sessions int, err error) {
+func (b *Broker) resume(resumed map[string]bool) (n int, err error) {
 	state, conns, err := handover.Unpack(b.opts.Inherit)
 	if err != nil {
 		return 0, err
@@ -70,7 +69,9 @@ func (b *Broker) resume(resumed map[string]bool) (sessions int, err error) {
 		return 0, err
 	}
 	elapsed := max(0, handover.Clock()-header.Clock)
-	var started atomic.Int64
+	// Nothing is published before all subscriptions are known again: what is must
+	// be delivered by notice, not found by each of them in the log.
+	sessions := make([]*session.Session, len(vms))
 	var work sync.WaitGroup
 	todo := make(chan func()) // unbuffered: no more than can be worked on
 	for range runtime.GOMAXPROCS(0) {
@@ -86,11 +87,7 @@ func (b *Broker) resume(resumed map[string]bool) (sessions int, err error) {
 		if vm.Session != nil {
 			conn, conns = conns[0], conns[1:]
 		}
-		todo <- func() {
-			if b.resumeVM(vm, conn, elapsed) {
-				started.Add(1)
-			}
-		}
+		todo <- func() { sessions[i] = b.resumeVM(vm, conn, elapsed) }
 	}
 	close(todo)
 	work.Wait()
@@ -99,11 +96,17 @@ func (b *Broker) resume(resumed map[string]bool) (sessions int, err error) {
 			resumed[vms[i].VM] = true // what of it is news, Resume has noted
 		}
 	}
-	return int(started.Load()), nil
+	for _, s := range sessions {
+		if s != nil {
+			b.guests.Go(func() { s.Resume(b.ctx) })
+			n++
+		}
+	}
+	return n, nil
 }
 
-// resumeVM takes in a VM and starts its session, if it has one that can go on.
-func (b *Broker) resumeVM(vm *handOverVM, conn *handover.Conn, elapsed time.Duration) bool {
+// resumeVM takes in a VM, and gives its session if it has one that can go on.
+func (b *Broker) resumeVM(vm *handOverVM, conn *handover.Conn, elapsed time.Duration) *session.Session {
 	entry := b.log.WithField("vm", vm.VM)
 	var s *session.Session
 	if conn != nil {
@@ -121,7 +124,7 @@ func (b *Broker) resumeVM(vm *handOverVM, conn *handover.Conn, elapsed time.Dura
 		if !welcome {
 			b.table.Forget(vm.VM)
 		}
-		return false
+		return nil
 	}
 	v := b.table.Resume(&vm.Carried, s, elapsed)
 	if !welcome {
@@ -130,15 +133,13 @@ func (b *Broker) resumeVM(vm *handOverVM, conn *handover.Conn, elapsed time.Dura
 	if v == nil {
 		entry.Error("a session cannot be taken over: the VM has one, or there are too many; its guest connects anew")
 		_ = conn.Close()
-		return false
+		return nil
 	}
+	s.Enrol(&account{VM: v, broker: b, key: e.Key}, vm.Session)
 	if !welcome || fingerprint(e.Key) != vm.Key {
 		s.End(session.TroubleRevoked, "the VM's registration has changed")
 	}
-	b.guests.Go(func() {
-		s.Resume(b.ctx, &account{VM: v, broker: b, key: e.Key}, vm.Session)
-	})
-	return true
+	return s
 }
 
 // readHandOver reads what writeHandOver wrote. It is strict: what is not just as

@@ -172,9 +172,9 @@ func (f *FrozenSubscription) check(vm string) error {
 	return nil
 }
 
-// Thaw makes the session that f describes over conn. It is known to nobody yet and
-// does nothing before [Session.Resume]; conn stays the caller's until then. An error says
-// what about f cannot be.
+// Thaw makes the session that f describes over conn. It is known to nobody yet,
+// [Session.Enrol] and [Session.Resume] follow; conn stays the caller's until then.
+// An error says what about f cannot be.
 func Thaw(vm string, conn Conn, b Broker, opts Options, f *Frozen) (*Session, error) {
 	if err := f.check(vm); err != nil {
 		return nil, err
@@ -190,24 +190,27 @@ func Thaw(vm string, conn Conn, b Broker, opts Options, f *Frozen) (*Session, er
 	return s, nil
 }
 
-// Resume runs a thawed session for the account of guest's, with the subscriptions
-// that f names. It returns as [Serve] does.
-func (s *Session) Resume(ctx context.Context, guest Guest, f *Frozen) {
+// Enrol makes the subscriptions that f names hear what is committed from now on, for
+// the account of guest's. Nothing is delivered before Resume.
+func (s *Session) Enrol(guest Guest, f *Frozen) {
 	s.guest = guest
 	// What was left unsent goes first, and neither reading nor subscribing waits
 	// for that.
 	s.writer <- struct{}{}
 	s.deliveries.start()
-	err := s.thawSubscriptions(f.Subscriptions)
+	if err := s.thawSubscriptions(f.Subscriptions); err != nil {
+		s.End(TroubleShutdown, err.Error())
+	}
+}
+
+// Resume runs a session that was enrolled, and returns as [Serve] does.
+func (s *Session) Resume(ctx context.Context) {
 	go func() {
 		if err := s.release(); err != nil && !errors.Is(err, errEnded) {
 			s.End(TroubleIOError, err.Error())
 		}
 		s.deliver()
 	}()
-	if err != nil {
-		s.End(TroubleShutdown, err.Error())
-	}
 	stop := context.AfterFunc(ctx, func() { s.End(TroubleShutdown, "castrad is ending") })
 	defer stop()
 	early := s.unread
@@ -232,6 +235,9 @@ func (s *Session) thawSubscriptions(frozen []FrozenSubscription) error {
 		if err := sub.open(f.Next); err != nil {
 			return err
 		}
+		// With nothing to read the log's readers must not all look at what is
+		// committed while thousands of sessions resume: they will be notified.
+		sub.behind.Store(f.Next <= s.opts.Log.Committed())
 		sub.start.Store(f.Start)
 		sub.position.Store(f.Position)
 		sub.acked.Store(f.Acked)

@@ -23,7 +23,7 @@ const (
 	retryMin = time.Second
 	// returnWithin spreads the guests of a host whose castrad was killed.
 	returnWithin = time.Second
-	retryMax = 30 * time.Second
+	retryMax     = 30 * time.Second
 	// lastedFor is from when on a session counts as one that worked: its end is
 	// news, and not the same trouble again, so the next attempt need not wait long.
 	lastedFor = 10 * time.Second

@@ -235,8 +235,8 @@ func (s *Session) thawSubscriptions(frozen []FrozenSubscription) error {
 		if err := sub.open(f.Next); err != nil {
 			return err
 		}
-		// With nothing to read the log's readers must not all look at what is
-		// committed while thousands of sessions resume: they will be notified.
+		// Where nothing is committed beyond, all that comes is notified of. Looking
+		// for it would have thousands of sessions search what the first of them publish.
 		sub.behind.Store(f.Next <= s.opts.Log.Committed())
 		sub.start.Store(f.Start)
 		sub.position.Store(f.Position)

@@ -116,9 +116,9 @@ func (t *Table) Resume(c *Carried, s Session, elapsed time.Duration) *VM {
 		t.live++
 		v.silent.Store(!c.Reachable)
 		v.frame.Store(max(v.frame.Load(), t.now()-int64(t.patience(c.Reachable))))
-	default:
+	case !c.HandshakeOK:
 		v.remote, v.topics = "", nil
-		if c.Reachable && !c.HandshakeOK {
+		if c.Reachable {
 			t.set(v, false, ReasonRestarted)
 		}
 	}

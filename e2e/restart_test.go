@@ -30,7 +30,7 @@ func TestRestart(t *testing.T) {
 	fleet.untilAcked(2 * publishing)
 
 	// An operator who watches: castractl goes on by itself.
-	h.run("systemd-run", "--quiet", "--unit=tail", "--property=StandardOutput=file:/var/tmp/tail.jsonl", "castractl", "bus", "tail", "-n", "0", "-o", "json")
+	h.run("systemd-run", "--quiet", "--unit=tail", "--property=StandardOutput=file:/var/tmp/tail.jsonl", "--property=StandardError=journal", "castractl", "bus", "tail", "-n", "0", "-o", "json")
 	const shown = "root/var/tmp/tail.jsonl"
 	h.untilFile(shown, `"seq"`)
 

@@ -118,7 +118,11 @@ func TestHandOver(t *testing.T) {
 	host("quiet", 7)
 	reader.expect(`{"subscription":"quiet","payload":7}`)
 
+	acked := b.events.Committed() - 1
 	b = restart(t, b, 3)
+	if vm, err := b.WaitAck(t.Context(), acked); err != nil || vm != "reader" {
+		t.Errorf("record %d was acknowledged by %q before the restart, %v", acked, vm, err)
+	}
 	answered := 0
 	for got := 0; got < many; {
 		switch f := slow.next(); {

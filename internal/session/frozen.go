@@ -59,7 +59,8 @@ func (s *Session) HandOver() {
 func (s *Session) isHandingOver() bool { return s.ended.Load() == handingOver }
 
 // keep is what becomes of b, of which nothing can be written any more. Call with
-// the right to write. It gives nil where b is kept: the guest will get it.
+// the right to write. It gives nil where b is kept, so that all goes on as if it had
+// been written, and the answers that wait for that are kept behind it.
 func (s *Session) keep(b []byte) error {
 	if !s.isHandingOver() {
 		return errEnded
@@ -68,23 +69,10 @@ func (s *Session) keep(b []byte) error {
 	return nil
 }
 
-// takeWaiting gives b behind the answers that still wait for a writer. There are
-// some only where one gave up. Call with the right to write.
-func (s *Session) takeWaiting(b []byte) []byte {
-	s.waitMu.Lock()
-	defer s.waitMu.Unlock()
-	if len(s.waiting) > 0 {
-		b = append(s.waiting, b...)
-		s.waiting = nil
-	}
-	return b
-}
-
 // park is the end of run for a session that is handed over. Where that does not
 // come about it ends like any other.
 func (s *Session) park() {
 	s.deliveries.wait()
-	s.unsent = append(s.unsent, s.takeWaiting(nil)...)
 	if !s.broker.Park(s) {
 		s.ended.Store(&End{Reason: TroubleShutdown, Detail: "castrad is ending"})
 		s.bye(*s.ended.Load())

@@ -181,7 +181,7 @@ func (s *Session) change(r request) error {
 	defer func() { <-s.reading }()
 	s.writer <- struct{}{}
 	s.replace(r.name, sub)
-	if err := s.send(s.takeWaiting(wire.AppendAckFrame(nil, &a))); err != nil {
+	if err := s.send(wire.AppendAckFrame(nil, &a)); err != nil {
 		<-s.writer
 		return err
 	}

@@ -145,7 +145,6 @@ func (s *Session) write(b []byte) error {
 	select {
 	case s.writer <- struct{}{}:
 		s.waitMu.Unlock()
-		b = s.takeWaiting(b)
 	default:
 		if len(s.waiting)+len(b) <= maxWaiting {
 			s.waiting = append(s.waiting, b...)
@@ -154,7 +153,6 @@ func (s *Session) write(b []byte) error {
 		}
 		s.waitMu.Unlock()
 		s.writer <- struct{}{}
-		b = s.takeWaiting(b)
 	}
 	if err := s.send(b); err != nil {
 		<-s.writer

@@ -288,7 +288,7 @@ func TestHandOverRefused(t *testing.T) {
 			go func() {
 				n, err := b.HandOver(store)
 				if err == nil || n != 0 {
-					err = fmt.Errorf("%d sessions are said to be handed over, %v", n, err)
+					err = fmt.Errorf("%d sessions are said to be handed over", n)
 				} else {
 					err = b.Close()
 				}

@@ -159,22 +159,28 @@ func (f *faultLab) recovers(code string) {
 // paths alone if there are any, until the function that it gives is called.
 func (f *faultLab) inject(calls, what string, paths ...string) (end func()) {
 	f.Helper()
-	out := f.path("strace.out")
+	return f.injectInto(strconv.Itoa(f.castrad.Process.Pid), calls, what, paths...)
+}
+
+func (l *lab) injectInto(pid, calls, what string, paths ...string) (end func()) {
+	l.Helper()
+	out := l.path("strace.out")
 	_ = os.Remove(out) // of the fault before
-	argv := sudo("strace", "--quiet=all", "-f", "-p", strconv.Itoa(f.castrad.Process.Pid), "-o", out,
+	argv := sudo("strace", "--quiet=all", "-f", "-p", pid, "-o", out,
 		"-e", "trace="+calls, "-e", "inject="+calls+":"+what)
 	for _, path := range paths {
 		argv = append(argv, "-P", path)
 	}
-	cmd := f.start("strace", nil, argv...)
-	f.until("the fault is injected", func() error {
+	cmd := l.start("strace", nil, argv...)
+	l.until("the fault is injected", func() error {
 		b, err := os.ReadFile(out)
-		if err == nil && !bytes.Contains(b, []byte("INJECTED")) && !bytes.Contains(b, []byte("DELAYED")) {
+		begun := strings.HasPrefix(what, "delay_enter") && bytes.Contains(b, []byte(calls+"(")) // it is marked when it ends
+		if err == nil && !bytes.Contains(b, []byte("INJECTED")) && !begun {
 			err = fmt.Errorf("strace has seen %q", b)
 		}
 		return err
 	})
-	return func() { f.stop("strace", cmd) }
+	return func() { l.stop("strace", cmd) }
 }
 
 // Syncs fail, one on each thread that the committer runs on until the fault is

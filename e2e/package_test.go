@@ -163,7 +163,7 @@ func TestPackages(t *testing.T) {
 func TestInstall(t *testing.T) {
 	packages := debs(t, "castrad", "castractl", "castra-guestd")
 	h := boot(t)
-	mustRun(t, sudo(append(append([]string{"cp"}, packages...), filepath.Join(h.root, "root"))...)...)
+	mustRun(t, sudo(append(append([]string{"cp"}, packages...), filepath.Join(h.tree, "root"))...)...)
 	apt := func(command string) string {
 		h.Helper()
 		return h.run("sh", "-c", "cd /root && DEBIAN_FRONTEND=noninteractive apt-get -y -o Dpkg::Use-Pty=0 "+command)

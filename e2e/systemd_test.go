@@ -3,6 +3,7 @@ package e2e
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"fmt"
 	"os"
 	"os/exec"
@@ -10,12 +11,14 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/castrabus/castra/internal/bus"
 )
 
 // A host is a Debian booted in a container.
 type host struct {
 	*lab
-	root   string // its directory, seen from outside
+	tree   string // its directory, seen from outside
 	leader string // the process that is PID 1 inside
 }
 
@@ -64,7 +67,7 @@ func boot(t *testing.T, packages ...string) *host {
 		t.Fatal(err)
 	}
 	l.start("boot", nil, boot, root)
-	h := &host{lab: l, root: root}
+	h := &host{lab: l, tree: root}
 	l.until("the host has booted", func() error {
 		out, err := exec.Command("pgrep", "--full", "--exact", "--newest", ".*systemd-nspawn .*--directory="+root).Output()
 		if err != nil {
@@ -111,6 +114,21 @@ func (h *host) run(argv ...string) string {
 	return out
 }
 
+// session is the token of a VM's session, "" if it has none.
+func (h *host) session(vm string) string {
+	h.Helper()
+	var st bus.Status
+	if err := json.Unmarshal([]byte(h.run("castractl", "status", "--json")), &st); err != nil {
+		h.Fatal(err)
+	}
+	for _, v := range st.VMs {
+		if v.VM == vm {
+			return v.Session
+		}
+	}
+	return ""
+}
+
 // want fails unless text has all the words.
 func (h *host) want(text string, words ...string) {
 	h.Helper()
@@ -149,8 +167,11 @@ func TestSystemd(t *testing.T) {
 
 	h.run("systemctl", "reload", "castrad")
 	h.want(h.run("castractl", "status", "web1"), "reachable")
+	session := h.session("web1")
 	h.run("systemctl", "restart", "castrad")
-	h.run("castractl", "wait", "web1", "--timeout", "60s") // the guest is back by itself
+	if now := h.session("web1"); now != session {
+		t.Errorf("a restart made session %s %s", session, now)
+	}
 
 	t.Run("rights", func(t *testing.T) {
 		h.run("useradd", "reader")
@@ -171,9 +192,15 @@ func TestSystemd(t *testing.T) {
 
 	// A castrad that hangs is killed by the watchdog, and started again.
 	h.run("sh", "-c", `mkdir -p /run/systemd/system/castrad.service.d
-		printf '[Service]\nWatchdogSec=2s\n' >/run/systemd/system/castrad.service.d/quick.conf
+		printf '[Service]\nWatchdogSec=2s\nFileDescriptorStoreMax=0\n' >/run/systemd/system/castrad.service.d/quick.conf
 		systemctl daemon-reload && systemctl restart castrad`)
-	h.run("castractl", "wait", "web1", "--timeout", "60s")
+	// Nor does systemd keep its sessions: the guest is back by itself.
+	h.until("the guest has another session", func() error {
+		if now := h.session("web1"); now == "" || now == session {
+			return fmt.Errorf("it is %q", now)
+		}
+		return nil
+	})
 	time.Sleep(5 * time.Second) // twice the watchdog's patience: fed, it must not bite
 	before := h.run("systemctl", "show", "--property=MainPID,NRestarts", "castrad")
 	h.want(before, "NRestarts=0")

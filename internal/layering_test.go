@@ -46,6 +46,7 @@ var rules = map[string]rule{
 	"config":    {layer: 0, uses: []string{toml}},
 	"eventlog":  {layer: 0},
 	"flags":     {layer: 0},
+	"handover":  {layer: 0, uses: []string{xsys}},
 	"logging":   {layer: 0, uses: []string{logrus, goSystemd}},
 	"sdnotify":  {layer: 0, uses: []string{goSystemd, xsys}},
 	"statefile": {layer: 0},

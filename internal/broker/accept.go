@@ -152,8 +152,24 @@ func (g *greeted) SetDeadline(t time.Time) error {
 type handshakes struct {
 	max int
 
-	mu  sync.Mutex
-	all list.List // of session.Conn, oldest first
+	mu   sync.Mutex
+	all  list.List // of session.Conn, oldest first
+	over bool      // there are to be no more
+}
+
+// end closes them all, and those that come.
+func (h *handshakes) end() {
+	h.mu.Lock()
+	h.over = true
+	conns := make([]session.Conn, 0, h.all.Len())
+	for e := h.all.Front(); e != nil; e = e.Next() {
+		conns = append(conns, e.Value.(session.Conn))
+	}
+	h.all.Init()
+	h.mu.Unlock()
+	for _, c := range conns {
+		_ = c.Close()
+	}
 }
 
 // enter puts c on the list and gives the connection that was closed for it, nil if
@@ -161,7 +177,7 @@ type handshakes struct {
 func (h *handshakes) enter(c session.Conn) (leave func(), evicted session.Conn) {
 	h.mu.Lock()
 	e := h.all.PushBack(c)
-	full := h.max > 0 && h.all.Len() > h.max
+	full := h.over || h.max > 0 && h.all.Len() > h.max
 	h.mu.Unlock()
 	if full {
 		evicted = h.evict()

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -40,8 +41,9 @@ type Options struct {
 	HostRetention int64
 	VMRetention   int64
 	RetentionAge  time.Duration
-	MaxHandshakes int // unfinished at once; beyond it the oldest is closed
-	UnsentBytes   int // what the kernel may hold of what a session was sent; 0: as it likes
+	MaxHandshakes int      // unfinished at once; beyond it the oldest is closed
+	UnsentBytes   int      // what the kernel may hold of what a session was sent; 0: as it likes
+	Inherit       *os.File // what the castrad before handed over; nil: nothing
 	Settings
 }
 
@@ -83,6 +85,7 @@ type Broker struct {
 	watchers watchers
 
 	handshakes handshakes
+	parking    parking
 	listeners  atomic.Pointer[[]*listener] // replaced, never changed in place
 	acked      ackMemory
 	strangers  presence.Bucket
@@ -130,9 +133,6 @@ func Open(opts Options) (*Broker, error) {
 	if err != nil {
 		logging.PresenceUnknown.On(b.log).WithError(err).Warn("who was reachable when castrad ended is not known")
 	}
-	for _, name := range left {
-		b.left = append(b.left, presence.Change{VM: name, Reason: presence.ReasonRestarted})
-	}
 	for _, e := range opts.Registry.List() {
 		b.table.Know(e.Name)
 	}
@@ -142,6 +142,7 @@ func Open(opts Options) (*Broker, error) {
 	}
 	b.ctx, b.cancel = context.WithCancel(context.Background())
 	b.ctx2, b.cancel2 = context.WithCancel(context.Background())
+	b.inherit(left)
 	b.work.Go(func() { b.records.run(b.ctx2) })
 	b.work.Go(func() { b.cursors.run(b.ctx2, func(err error) { b.note(partCursors, err) }) })
 	b.work.Go(b.sweep)

@@ -168,7 +168,7 @@ func (b *Broker) Admit(ctx context.Context, s *session.Session, h wire.Hello, pr
 	}
 	b.records.handshake(h.VM)
 	logging.GuestConnected.On(b.entry(s)).Info("guest connected")
-	return &account{VM: v, broker: b}, session.Decision{}
+	return &account{VM: v, broker: b, key: proven}, session.Decision{}
 }
 
 func (b *Broker) registered(vm string) bool {
@@ -178,6 +178,7 @@ func (b *Broker) registered(vm string) bool {
 
 // Release notes the end of a session.
 func (b *Broker) Release(s *session.Session, end session.End) {
+	b.parking.stopped(s, false)
 	if a, ok := s.Account().(*account); ok && b.table.Disconnect(a.VM, s) {
 		b.records.handshake(s.VM()) // its subscriptions have ended
 	}
@@ -286,6 +287,7 @@ func (b *Broker) Visible(vm string) func(*eventlog.Record) bool {
 type account struct {
 	*presence.VM
 	broker *Broker
+	key    []byte // what the session has proved to hold; nil: nothing
 }
 
 // leastFrames is how many frames a second any guest may send, whatever they are: a

@@ -22,7 +22,7 @@ func (d *daemon) brokerOptions() broker.Options {
 		SyncName: string(s.Sync), SyncEvery: s.Sync.Every(),
 		SegmentSize: int64(s.SegmentSize), HostRetention: int64(s.HostRetentionSize),
 		VMRetention: int64(s.VMRetentionSize), RetentionAge: s.RetentionAge.Std(),
-		MaxHandshakes: d.cfg.Limits.MaxHandshakes, UnsentBytes: int(d.cfg.Limits.UnsentBytes),
+		MaxHandshakes: d.cfg.Limits.MaxHandshakes, UnsentBytes: int(d.cfg.Limits.UnsentBytes), Inherit: d.stored,
 		Settings: settings(d.cfg),
 	}
 }

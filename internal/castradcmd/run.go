@@ -72,6 +72,7 @@ type daemon struct {
 	cfg     config.Host
 	log     *logrus.Logger
 
+	stored *os.File // what the castrad before left; nil: nothing
 	broker *broker.Broker
 	reg    *identity.Registry
 	status sdnotify.Status
@@ -135,10 +136,11 @@ func (d *daemon) run() error {
 		d.reload()
 	}
 	signal.Stop(signals) // a second one ends what hangs
-	d.notify("STOPPING=1\nSTATUS=Ending sessions")
+	d.notify("STOPPING=1\nSTATUS=Ending")
 	cancel()
 	work.Wait()
 	api.Close()
+	d.handOver()
 	return d.broker.Close()
 }
 
@@ -165,9 +167,12 @@ func (d *daemon) listeners() ([]net.Listener, error) {
 	}
 	var lns []net.Listener
 	for _, p := range passed {
-		if p.Use == sdnotify.SocketBus {
+		switch p.Use {
+		case sdnotify.SocketBus:
 			lns = append(lns, p.Listener)
-		} else {
+		case sdnotify.HandOver:
+			d.inherit(p.Stored)
+		default:
 			d.pages = append(d.pages, p)
 		}
 	}

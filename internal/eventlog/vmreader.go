@@ -101,11 +101,12 @@ func (r *Reader) fromVM(rec *Record) (bool, error) {
 		}
 		return false, nil
 	}
-	r.next = rec.Seq + 1
 	if (damaged || v.cursor.expired) && rec.Seq > from {
 		v.ahead, v.has = *rec, true
+		r.next = rec.Seq // it is still to be given: who goes on from Position must not miss it
 		return false, &Gap{From: from, To: rec.Seq - 1}
 	}
+	r.next = rec.Seq + 1
 	return true, nil
 }
 

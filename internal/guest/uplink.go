@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"os"
 	"strings"
@@ -21,7 +22,9 @@ const (
 	dialTimeout = 10 * time.Second
 	// retryMin and retryMax are between which attempts to reach the host are spaced.
 	retryMin = time.Second
-	retryMax = 30 * time.Second
+	// returnWithin spreads the guests of a host whose castrad was killed.
+	returnWithin = time.Second
+	retryMax     = 30 * time.Second
 	// lastedFor is from when on a session counts as one that worked: its end is
 	// news, and not the same trouble again, so the next attempt need not wait long.
 	lastedFor = 10 * time.Second
@@ -95,7 +98,11 @@ func (u *uplink) run(ctx context.Context) {
 		if out.lasted || errors.Is(out.err, errMoved) {
 			u.pace.Reset()
 		}
-		if !errors.Is(out.err, errMoved) {
+		switch {
+		case errors.Is(out.err, errMoved):
+		case out.lasted: // at once, but not with all the other guests at once
+			wait = rand.N(returnWithin)
+		default:
 			wait = u.pace.Next()
 		}
 		u.failed(out.err, wait)

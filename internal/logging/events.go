@@ -41,6 +41,10 @@ const (
 	CursorBeyondEnd       Event = "4834197d388f431ba265c0de7eae3c7f" // a cursor points behind the newest record
 	HandshakesNotRecorded Event = "b983ae7a37234887aa33d9f37e481730" // the files about handshakes cannot be written
 	PresenceUnknown       Event = "155a5585d43045b5aa24c7363ed81694" // who was reachable before is not known
+	SessionsHandedOver    Event = "5c65783e354041f48abad611d135b7b3" // sessions wait for the next castrad
+	SessionsTakenOver     Event = "f3bf822bcdc74fb5b366ac4c49283156" // sessions go on that began with another castrad
+	HandOverFailed        Event = "ef115254a46e4238b3492468a71463e5" // sessions end with castrad
+	SessionNotHandedOver  Event = "36056ee1f15340e9bc377e6772aa3a39" // one session ends with castrad
 	HostConnected         Event = "228f0061270f41af87b8f3b57a8aae8b" // the guest's session begins
 	HostUnreachable       Event = "411c8f384da142369bfd9a95d5c78b16" // there is no session with the host
 	HostRefused           Event = "24b2aedf61a74b45b8a840b4aeb23a38" // the host does not take this VM

@@ -413,6 +413,10 @@ func (t *Table) Sweep() {
 func (t *Table) Interval() time.Duration {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	return t.interval()
+}
+
+func (t *Table) interval() time.Duration {
 	return max(20*time.Millisecond, min(time.Second, t.opts.ReachableWithin/10, t.opts.SessionTimeout/10))
 }
 

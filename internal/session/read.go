@@ -44,6 +44,14 @@ var workspaces = sync.Pool{New: func() any { return &workspace{buf: make([]byte,
 func (s *Session) run(early []byte) {
 	err := s.read(early)
 	end := s.ended.Load()
+	if end == handingOver {
+		if errors.Is(err, errEnded) { // stopped between two frames, and all is well
+			s.park()
+			return
+		}
+		s.ended.CompareAndSwap(end, nil)
+		end = nil
+	}
 	if end == nil {
 		end = &End{}
 		switch {
@@ -68,9 +76,9 @@ func (s *Session) bye(end End) {
 	}
 	_ = s.conn.SetWriteDeadline(time.Unix(1, 0)) // a delivery under way gives the token back
 	s.writer <- struct{}{}
-	if code := fatalCode(end.Reason); code != "" && !s.torn {
+	if code := fatalCode(end.Reason); code != "" && (!s.torn || len(s.unsent) > 0) {
 		_ = s.conn.SetWriteDeadline(time.Now().Add(lingerFor))
-		_, _ = s.conn.Write(wire.AppendErrorFrame(nil, code, end.Detail))
+		_, _ = s.conn.Write(wire.AppendErrorFrame(s.unsent, code, end.Detail))
 	}
 	<-s.writer // whoever takes it now finds the session ended, and writes nothing
 	s.broker.Release(s, end)
@@ -106,8 +114,9 @@ func fatalCode(reason string) string {
 func (s *Session) read(early []byte) error {
 	rest := early // an incomplete frame, held in no more room than it needs
 	for {
-		ws, n, err := s.receive(rest)
+		ws, n, err := s.receive(&rest)
 		if err != nil {
+			s.unread = rest
 			return err
 		}
 		left, err := s.burst(&ws, ws.buf[:n])
@@ -147,14 +156,14 @@ func (s *Session) rest() {
 }
 
 // receive waits for bytes and borrows a workspace once there are some. Behind an
-// incomplete frame it waits until that is whole.
-func (s *Session) receive(rest []byte) (ws *workspace, n int, err error) {
-	if len(rest) > 0 {
-		if rest, err = s.complete(rest); err != nil {
+// incomplete frame, rest, it waits until that is whole.
+func (s *Session) receive(rest *[]byte) (ws *workspace, n int, err error) {
+	if len(*rest) > 0 {
+		if *rest, err = s.complete(*rest); err != nil {
 			return nil, 0, err
 		}
 		ws = workspaces.Get().(*workspace)
-		return ws, copy(ws.buf, rest), nil
+		return ws, copy(ws.buf, *rest), nil
 	}
 	n, err = s.readInto(func() []byte {
 		ws = workspaces.Get().(*workspace)
@@ -171,7 +180,7 @@ func (s *Session) receive(rest []byte) (ws *workspace, n int, err error) {
 
 // complete reads until the frame that begins in rest is whole, or can be seen
 // to be none. The buffer grows with what has arrived, not with what a length
-// announces.
+// announces. With an error, too, it gives what it has.
 func (s *Session) complete(rest []byte) ([]byte, error) {
 	for {
 		if f, _, err := wire.NextFrame(rest); f != nil || err != nil {
@@ -188,7 +197,7 @@ func (s *Session) complete(rest []byte) ([]byte, error) {
 			err = fmt.Errorf("the connection closed inside a frame: %w", io.ErrUnexpectedEOF)
 		}
 		if err != nil {
-			return nil, err
+			return rest, err
 		}
 		rest = room[:len(rest)+n]
 		if s.spent++; s.spent >= restReads { // each takes a system call, be it for one byte

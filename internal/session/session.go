@@ -33,6 +33,10 @@ type Broker interface {
 	Admit(ctx context.Context, s *Session, h wire.Hello, proven []byte) (Guest, Decision)
 	// Release notes that s has ended, and why.
 	Release(s *Session, end End)
+	// Park takes in a session that has stopped to be handed over, and returns once
+	// it is decided whether it is: then nothing more is to be done with it, not
+	// even to be released.
+	Park(s *Session) (handedOver bool)
 	// Refused records a handshake that granted nothing. It may hold its answer back
 	// for a moment.
 	Refused(r Refusal)
@@ -164,6 +168,10 @@ type Session struct {
 	waitMu  sync.Mutex
 	waiting []byte
 	torn    bool // part of a frame went out last; with writer
+
+	// What a session that is handed over takes with it, see Frozen.
+	unread []byte // the reader's
+	unsent []byte // with writer
 
 	deliveries delivering
 	background sync.WaitGroup // searches of the log

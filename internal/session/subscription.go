@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
-	"math"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -257,11 +256,11 @@ func (s *Session) replace(name string, sub *Subscription) {
 // prepare checks a subscribe frame and makes the subscription, already known
 // to the broker but not yet to the session.
 func (s *Session) prepare(r request) (*Subscription, error) {
-	pattern, err := wire.ParsePattern(r.topic)
+	sub, err := s.newSubscription(r.name, r.topic, r.cursor)
 	if err != nil {
 		return nil, bus.Errorf(bus.CodeBadTopic, "%v", err)
 	}
-	if owner, owned := pattern.VM(); owned && owner != s.vm {
+	if owner, owned := sub.pattern.VM(); owned && owner != s.vm {
 		return nil, bus.Errorf(bus.CodeForbidden, "topic %s belongs to another VM", r.topic)
 	}
 	if strings.HasPrefix(r.topic, wire.BrokerPrefix) {
@@ -272,10 +271,6 @@ func (s *Session) prepare(r request) (*Subscription, error) {
 	if !known && len(held) >= s.opts.MaxSubscriptions {
 		return nil, bus.Errorf(bus.CodeTooManySubscriptions, "a session may have %d subscriptions; unsubscribe from one first", s.opts.MaxSubscriptions)
 	}
-	sub := &Subscription{s: s, name: r.name, topic: r.topic, pattern: pattern, cursor: r.cursor}
-	sub.start.Store(math.MaxUint64)
-	sub.visible = s.broker.Visible(s.vm)
-	sub.prefix = append(wire.AppendString([]byte(`{"type":"publish","subscription":`), r.name), ',')
 	start, err := sub.begin(r.from)
 	if err == nil && r.cursor != "" {
 		start, err = s.broker.OpenCursor(sub, start)

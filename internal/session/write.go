@@ -189,7 +189,7 @@ func (s *Session) release() error {
 // nothing for WriteTimeout loses its session.
 func (s *Session) send(b []byte) error {
 	if s.ended.Load() != nil {
-		return errEnded
+		return s.keep(b)
 	}
 	var n int
 	var err error
@@ -203,6 +203,7 @@ func (s *Session) send(b []byte) error {
 	n = max(0, n)
 	switch {
 	case n == len(b):
+		s.torn = false
 		return nil
 	case waitErr != nil:
 		err = waitErr
@@ -212,12 +213,16 @@ func (s *Session) send(b []byte) error {
 		n += m
 	}
 	if err == nil {
+		s.torn = false
 		return nil
 	}
-	s.torn = n > 0
+	s.torn = s.torn || n > 0
 	if errors.Is(err, os.ErrDeadlineExceeded) {
 		s.End(TroubleSlowConsumer, s.slowness(len(b)-n, s.opts.WriteTimeout)) // unless it was ended already
-		return errEnded
+		err = errEnded
+	}
+	if errors.Is(err, errEnded) {
+		return s.keep(b[n:])
 	}
 	return fmt.Errorf("writing to the guest: %w", err)
 }

@@ -11,9 +11,10 @@ COMMANDS := castrad castra-guestd castractl
 VERSION  := $(shell scripts/version)
 
 # The race detector wants a C compiler; the D-Bus tests a message bus, and busctl, which
-# is systemd's.
-UNIT_NEEDS := gcc libc6-dev dbus-daemon systemd
-E2E_NEEDS  := dbus-daemon qemu-system-x86 mmdebstrap e2fsprogs systemd-container procps strace
+# is systemd's; the manual's test what man formats with.
+UNIT_NEEDS := gcc libc6-dev dbus-daemon systemd groff-base
+E2E_NEEDS  := dbus-daemon qemu-system-x86 mmdebstrap e2fsprogs systemd-container procps strace \
+  jq bash-completion zsh fish lintian rpm man-db
 
 # Where Go has never run, what it keeps goes into the checkout: trying Castra out
 # leaves nothing in a home.
@@ -33,9 +34,34 @@ build: ## bin/: static, version-stamped, the same bytes from any directory
 	CGO_ENABLED=0 go build -trimpath -buildvcs=false \
 	  -ldflags '-s -w -X main.version=$(VERSION)' -o bin/ $(COMMANDS:%=./%)
 
-# Where Debian's packages have their files. The system's services are not touched.
+ARCHES := amd64 arm64
+
+.PHONY: packages
+packages: ## dist/*.deb and dist/*.rpm for amd64 and arm64, the same bytes on every run
+	rm -rf dist && mkdir -p dist
+	for arch in $(ARCHES); do \
+	  CGO_ENABLED=0 GOOS=linux GOARCH=$$arch go build -trimpath -buildvcs=false \
+	    -ldflags '-s -w -X main.version=$(VERSION)' -o dist/$$arch/ $(COMMANDS:%=./%); \
+	done
+	printf '%s\n' $(foreach a,$(ARCHES),$(COMMANDS:%=%:$(a))) | xargs -P 2 -I{} sh -euc \
+	  'p={}; exec scripts/package "$${p%:*}" "$${p#*:}" "dist/$${p#*:}/$${p%:*}" dist'
+	rm -rf $(ARCHES:%=dist/%)
+
+# goreleaser is built from source, which takes many minutes.
+.PHONY: release-check
+release-check: ## what a release would hold, into dist/, by goreleaser
+	cd packaging/goreleaser && go build -o ../../.run/goreleaser github.com/goreleaser/goreleaser/v2
+	.run/goreleaser check
+	.run/goreleaser release --snapshot --clean
+
+# Quicker: for this machine alone.
+.PHONY: packages-here
+packages-here:
+	$(MAKE) --no-print-directory packages ARCHES="$$(go env GOARCH)"
+
+# The packages say what belongs where. The system's services are not touched.
 .PHONY: install
-install: build ## into DESTDIR: the commands, units, D-Bus and polkit files, configuration
+install: packages-here ## into DESTDIR: what the packages hold
 	scripts/install '$(DESTDIR)'
 
 .PHONY: check
@@ -55,7 +81,7 @@ unit:
 .PHONY: test
 test: ## every test, with real processes and a real VM; installs what it needs
 	scripts/need $(UNIT_NEEDS) $(E2E_NEEDS) shellcheck
-	$(MAKE) --no-print-directory -j3 -O check images
+	$(MAKE) --no-print-directory -j3 -O check images packages
 	$(MAKE) --no-print-directory e2e
 
 .PHONY: e2e
@@ -64,16 +90,17 @@ e2e: build
 	CASTRA_E2E=1 go test -race -count=1 -timeout 30m ./e2e
 
 .PHONY: soak
-soak: build ## castrad killed 10,000 times under load: about an hour
+soak: build ## castrad killed 10,000 times under load, every byte of a MiB flipped: over an hour
 	scripts/need $(E2E_NEEDS)
 	CASTRA_E2E=1 CASTRA_KILLS=10000 go test -race -count=1 -timeout 12h -run '^TestKill$$' -v ./e2e
+	CASTRA_FLIP_BYTES=1048576 go test -count=1 -timeout 2h -run '^TestFlippedBitAnywhere$$' -v ./internal/eventlog
 
 .PHONY: demo
 demo: build ## a host and two guests on loopback, messages both ways
 	scripts/demo
 
 .PHONY: vm
-vm: build ## boot a Debian VM with castra-guestd in it; a prompt beside it
+vm: build packages-here ## boot a Debian VM with castra-guestd in it; a prompt beside it
 	scripts/vm
 
 # Apart, so that the downloads run beside the linters.
@@ -84,7 +111,7 @@ images:
 
 .PHONY: bench
 bench: build ## the benchmarks; BENCH=regexp picks
-	scripts/need dbus-daemon
+	scripts/need dbus-daemon e2fsprogs
 	CASTRA_E2E=1 go test -run '^$$' -bench '$(BENCH)' -benchmem -timeout 30m ./...
 
 .PHONY: fuzz

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"sync"
+	"time"
 )
 
 // A console is the far end of a VM's serial port.
@@ -51,6 +52,26 @@ func (c *console) read() {
 			return
 		}
 	}
+}
+
+// said is all that the VM has said.
+func (c *console) said() []byte {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return bytes.Clone(c.got)
+}
+
+// booted waits for the shell's prompt. A boot takes ten seconds without KVM, and longer
+// beside other work.
+func (c *console) booted() {
+	c.l.Helper()
+	c.l.within(5*time.Minute, "the VM's shell is there", func() error {
+		if c.run(""); !bytes.Contains(c.said(), []byte("# ")) {
+			time.Sleep(time.Second)
+			return errors.New("there is no prompt")
+		}
+		return nil
+	})
 }
 
 // expect waits until the VM says text after the first from bytes that it said, and

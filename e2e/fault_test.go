@@ -16,6 +16,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/godbus/dbus/v5"
+
 	"github.com/castrabus/castra/internal/bus"
 )
 
@@ -153,22 +155,32 @@ func (f *faultLab) recovers(code string) {
 	f.Logf("%d refused with %s; %d records, %d acknowledged: none lost, none doubled", n, code, records, f.load.acked())
 }
 
-// inject makes castrad's system calls fail as strace's -e inject=… says, until
-// the function that it gives is called.
-func (f *faultLab) inject(calls, what string) (end func()) {
+// inject makes castrad's system calls fail as strace's -e inject=… says, those on
+// paths alone if there are any, until the function that it gives is called.
+func (f *faultLab) inject(calls, what string, paths ...string) (end func()) {
 	f.Helper()
-	out := f.path("strace.out")
-	argv := sudo("strace", "--quiet=all", "-f", "-p", strconv.Itoa(f.castrad.Process.Pid), "-o", out,
+	return f.injectInto(strconv.Itoa(f.castrad.Process.Pid), calls, what, paths...)
+}
+
+func (l *lab) injectInto(pid, calls, what string, paths ...string) (end func()) {
+	l.Helper()
+	out := l.path("strace.out")
+	_ = os.Remove(out) // of the fault before
+	argv := sudo("strace", "--quiet=all", "-f", "-p", pid, "-o", out,
 		"-e", "trace="+calls, "-e", "inject="+calls+":"+what)
-	cmd := f.start("strace", nil, argv...)
-	f.until("the fault is injected", func() error {
+	for _, path := range paths {
+		argv = append(argv, "-P", path)
+	}
+	cmd := l.start("strace", nil, argv...)
+	l.until("the fault is injected", func() error {
 		b, err := os.ReadFile(out)
-		if err == nil && !bytes.Contains(b, []byte("INJECTED")) && !bytes.Contains(b, []byte("DELAYED")) {
+		begun := strings.HasPrefix(what, "delay_enter") && bytes.Contains(b, []byte(calls+"(")) // it is marked when it ends
+		if err == nil && !bytes.Contains(b, []byte("INJECTED")) && !begun {
 			err = fmt.Errorf("strace has seen %q", b)
 		}
 		return err
 	})
-	return func() { f.stop("strace", cmd) }
+	return func() { l.stop("strace", cmd) }
 }
 
 // Syncs fail, one on each thread that the committer runs on until the fault is
@@ -177,7 +189,7 @@ func (f *faultLab) inject(calls, what string) (end func()) {
 func TestFaultSync(t *testing.T) {
 	f := startFaultLab(t, "")
 	f.inject("fdatasync", "error=EIO:when=1")()
-	f.untilFile("castrad.log", "the event log takes no records")
+	f.untilFile("castrad.log", "degraded: disk error: publishes are refused")
 	f.recovers("storage-full")
 	segs, err := filepath.Glob(f.path("log/bus/host/*.jsonl"))
 	if err != nil || len(segs) < 2 {
@@ -185,21 +197,72 @@ func TestFaultSync(t *testing.T) {
 	}
 }
 
-// No segment can be created, nor anything else opened.
-func TestFaultRotation(t *testing.T) {
-	f := startFaultLab(t, `segment_size = "256KiB"`)
-	end := f.inject("openat", "error=EIO")
-	f.untilState("degraded: disk error")
-	f.serves()
-	end()
+// One single sync fails, in all of castrad, and one single write: each costs the
+// records that it was for, and the next ones go to a new segment at once.
+func TestFaultOnce(t *testing.T) {
+	f := startFaultLab(t, "")
+	for _, call := range []string{"fdatasync", "pwrite64"} {
+		before := f.load.refusedWith("storage-full")
+		newest := f.segments()
+		// Of this file: what comes after the fault is in another one.
+		f.inject(call, "error=EIO:when=1", newest[len(newest)-1])()
+		f.until("a write was refused", func() error {
+			if f.load.refusedWith("storage-full") == before {
+				return errors.New("none was")
+			}
+			return nil
+		})
+		f.load.goOn(1000)
+		f.untilState("running")
+		if now := f.segments(); len(now) != len(newest)+1 {
+			t.Errorf("after one %s that failed the segments are %q, and were %q", call, now, newest)
+		}
+	}
 	f.recovers("storage-full")
 }
 
-// mount mounts something on the lab's directory log, until the test ends.
-func (l *lab) mount(args ...string) {
+// segments gives the host stream's files, oldest first.
+func (l *lab) segments() []string {
 	l.Helper()
-	l.root(append(append([]string{"mount"}, args...), l.path("log"))...)
-	l.Cleanup(func() { _ = command(sudo("umount", "--lazy", l.path("log"))...).Run() })
+	segs, err := filepath.Glob(l.path("log/bus/host/*.jsonl"))
+	if err != nil || len(segs) == 0 {
+		l.Fatalf("segments: %q, %v", segs, err)
+	}
+	return segs
+}
+
+// A segment cannot be cut to its size when it is full, the next one cannot be
+// created, its directory not be synced.
+func TestFaultRotation(t *testing.T) {
+	f := startFaultLab(t, `segment_size = "256KiB"`)
+	for _, step := range []struct {
+		call  string
+		lasts bool // the next segment has it, too
+	}{{"ftruncate", false}, {"openat", true}, {"fsync", true}} {
+		before := f.load.refusedWith("storage-full")
+		end := f.inject(step.call, "error=EIO")
+		f.until("publishes are refused", func() error {
+			if f.load.refusedWith("storage-full") == before {
+				return errors.New("none is")
+			}
+			return nil
+		})
+		if step.lasts {
+			f.untilState("degraded: disk error")
+		}
+		f.serves()
+		end()
+		f.load.goOn(500)
+		f.untilState("running")
+	}
+	f.recovers("storage-full")
+}
+
+// mount mounts something on a directory of the lab's, until the test ends.
+func (l *lab) mount(dir string, args ...string) {
+	l.Helper()
+	l.root(append(append([]string{"mount"}, args...), l.path(dir))...)
+	l.Cleanup(func() { _ = command(sudo("umount", "--lazy", l.path(dir))...).Run() })
 }
 
 // root runs a command as root.
@@ -210,32 +273,65 @@ func (l *lab) root(argv ...string) {
 	}
 }
 
-// mountSmall gives log a file system of its own of 64 MiB: ext4 in a file, or
-// where there are no loop devices one in memory.
-func (l *lab) mountSmall() {
+// mountSmall gives log, and with it state, a file system of their own of 64 MiB and
+// so many inodes: ext4 in a file, or where there are no loop devices one in memory.
+func (l *lab) mountSmall(inodes int) {
 	l.Helper()
 	if err := os.Mkdir(l.path("log"), 0o755); err != nil {
 		l.Fatal(err)
 	}
 	l.root("truncate", "--size=64M", l.path("disk"))
-	l.root("mkfs.ext4", "-q", "-m", "0", l.path("disk"))
+	l.root("mkfs.ext4", "-q", "-m", "0", "-N", fmt.Sprint(inodes), l.path("disk"))
 	if exec.Command("losetup", "--find").Run() == nil {
-		l.mount("-o", "loop", l.path("disk"))
+		l.mount("log", "-o", "loop", l.path("disk"))
 	} else {
-		l.mount("-t", "tmpfs", "-o", "size=64m", "none")
+		l.mount("log", "-t", "tmpfs", "-o", fmt.Sprintf("size=64m,nr_inodes=%d", inodes), "none")
 	}
 	l.root("chmod", "0777", l.path("log"))
+	// castrad's own files have no room either.
+	l.root("mkdir", "--mode=0777", l.path("log/state"))
+	if err := os.Symlink("log/state", l.path("state")); err != nil {
+		l.Fatal(err)
+	}
+}
+
+// advised tells whether status, its JSON and the journal have what is wrong with a
+// part, and how it is mended.
+func (f *faultLab) advised(part, cause, mend string) {
+	f.Helper()
+	f.untilFault(part, cause)
+	text := f.castractl("status")
+	if !strings.Contains(text, "\n"+part+": "+cause+", since ") || !strings.Contains(text, mend) {
+		f.Errorf("status does not say that %s has %s, and %q:\n%s", part, cause, mend, text)
+	}
+	f.untilFile("castrad.log", mend)
+}
+
+// untilFault waits until a part has no other fault than cause, "" being none.
+func (f *faultLab) untilFault(part, cause string) {
+	f.Helper()
+	f.until(fmt.Sprintf("%s has %q", part, cause), func() error {
+		var st bus.Status
+		if err := json.Unmarshal([]byte(f.castractl("status", "--json")), &st); err != nil {
+			return err
+		}
+		now := ""
+		for _, fault := range st.Broker.Faults {
+			if fault.Part == part {
+				now = fault.Cause
+			}
+		}
+		if now != cause {
+			return fmt.Errorf("it has %q; all is %+v", now, st.Broker)
+		}
+		return nil
+	})
 }
 
 // The disk is full until somebody makes room.
 func TestFaultFull(t *testing.T) {
 	l := newLab(t)
-	l.mountSmall()
-	// castrad's own files have no room either.
-	l.root("mkdir", "--mode=0777", l.path("log/state"))
-	if err := os.Symlink("log/state", l.path("state")); err != nil {
-		t.Fatal(err)
-	}
+	l.mountSmall(4096)
 	f := l.faults("")
 	var free syscall.Statfs_t
 	if err := syscall.Statfs(l.path("log"), &free); err != nil {
@@ -244,6 +340,7 @@ func TestFaultFull(t *testing.T) {
 	const left = 8 << 20 // more than is written while the ballast is loaded
 	l.root("fallocate", "--length", fmt.Sprint(int64(free.Bavail)*free.Bsize-left), l.path("log/ballast"))
 	f.untilState("degraded: disk full")
+	f.advised("event-log", "disk full", "make room on the file system of "+f.path("log"))
 	f.serves()
 	f.replays()
 	f.untilState("degraded: disk full") // still, and not now and then
@@ -251,22 +348,161 @@ func TestFaultFull(t *testing.T) {
 	f.recovers("storage-full")
 }
 
+// There is room, and no inode is left for a file.
+func TestFaultInodes(t *testing.T) {
+	l := newLab(t)
+	l.mountSmall(256)
+	f := l.faults(`segment_size = "256KiB"`)
+	ballast := f.path("log/ballast")
+	f.root("mkdir", "--mode=0777", ballast)
+	for n := 0; ; n++ {
+		file, err := os.Create(filepath.Join(ballast, strconv.Itoa(n)))
+		if errors.Is(err, syscall.ENOSPC) {
+			break
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = file.Close()
+	}
+	f.untilState("degraded: disk full")
+	f.advised("event-log", "disk full", "inodes are in use (df -i ")
+	f.serves()
+	f.root("rm", "-r", ballast)
+	f.recovers("storage-full")
+}
+
+// readOnly makes a directory of the lab's read-only until the function that it
+// gives is called. What is being written cannot be remounted: a read-only view of
+// the directory, made elsewhere, is laid over it.
+func (l *lab) readOnly(dir string) (end func()) {
+	l.Helper()
+	view := l.path("view." + filepath.Base(dir))
+	l.root("mkdir", view)
+	l.root("mount", "--bind", l.path(dir), view)
+	l.Cleanup(func() { _ = command(sudo("umount", "--lazy", view)...).Run() })
+	l.root("mount", "-o", "remount,bind,ro", view)
+	l.mount(dir, "--bind", view)
+	return func() { l.root("umount", l.path(dir)) }
+}
+
 // The disk is mounted read-only, and then writable again.
 func TestFaultReadOnly(t *testing.T) {
 	f := startFaultLab(t, `segment_size = "256KiB"`)
-	// What is being written cannot be remounted: a read-only view of the directory,
-	// made elsewhere, is laid over it.
-	view := f.path("view")
-	f.root("mkdir", view)
-	f.root("mount", "--bind", f.path("log"), view)
-	f.Cleanup(func() { _ = command(sudo("umount", "--lazy", view)...).Run() })
-	f.root("mount", "-o", "remount,bind,ro", view)
-	f.mount("--bind", view)
+	end := f.readOnly("log")
 	f.untilState("degraded: disk read-only")
+	f.advised("event-log", "disk read-only", "mount -o remount,rw")
 	f.serves()
 	f.replays()
-	f.root("umount", f.path("log"))
+	end()
 	f.recovers("storage-full")
+}
+
+// What is written behind the host stream cannot be: the VMs' streams, their ids,
+// the guests' cursors. Publishes go on and are acknowledged, status, D-Bus and the
+// journal tell, and in the end all is complete.
+func TestFaultBehind(t *testing.T) {
+	f := startFaultLab(t, `vm_retention_size = "512KiB"`) // segments of 64 KiB
+	states := f.states()
+	sub, err := dialWire(f.port, "reader")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer sub.Close()
+	reads := func(frame string) []byte {
+		t.Helper()
+		b := []byte(nil)
+		err := sub.send([]byte(frame))
+		if err == nil {
+			b, err = sub.receive()
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		return b
+	}
+	if b := reads(`{"type":"subscribe","topic":"broadcast","cursor":"c"}`); !bytes.Contains(b, []byte(`"status":"ok"`)) {
+		t.Fatalf("%s", b)
+	}
+	for _, behind := range []struct{ dir, part, state string }{
+		{"log/bus/vm", "vm-streams", "degraded: VM streams: disk read-only"},
+		{"state/ids", "vm-streams", "degraded: VM streams: disk read-only"},
+		{"state/cursors", "cursors", "degraded: cursors: disk read-only"},
+	} {
+		end := f.readOnly(behind.dir)
+		if behind.part == "cursors" {
+			f.castractl("bus", "publish", `{"n":1}`)
+			b, err := sub.receive()
+			var delivery struct{ Seq uint64 }
+			if err == nil {
+				err = json.Unmarshal(b, &delivery)
+			}
+			if err == nil {
+				err = sub.send(fmt.Appendf(nil, `{"type":"ack","ack":"publish","subscription":"broadcast","seq":%d}`, delivery.Seq))
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+		f.untilState(behind.state)
+		f.advised(behind.part, "disk read-only", "see why "+f.path(behind.dir))
+		states.until(behind.state)
+		f.load.goOn(1000)
+		f.serves()
+		end()
+		f.untilState("running")
+		states.until("running")
+	}
+	f.load.finish()
+	f.quiet()
+	f.stop("castrad", f.castrad)
+	f.load.check() // that the VMs' streams are complete, too
+	if n := len(f.load.refusals); n > 0 {
+		t.Errorf("publishes were refused: %v", f.load.refusals)
+	}
+}
+
+// stateSignals is castrad's state as D-Bus signals it.
+type stateSignals struct {
+	*lab
+	signals chan *dbus.Signal
+}
+
+func (l *lab) states() *stateSignals {
+	l.Helper()
+	conn, err := dbus.Connect(l.hostBus)
+	if err != nil {
+		l.Fatal(err)
+	}
+	l.Cleanup(func() { _ = conn.Close() })
+	s := &stateSignals{l, make(chan *dbus.Signal, 64)} // godbus queues what it has no room for
+	conn.Signal(s.signals)
+	if err := conn.AddMatchSignal(dbus.WithMatchObjectPath("/org/castra/Bus1"), dbus.WithMatchMember("PropertiesChanged")); err != nil {
+		l.Fatal(err)
+	}
+	return s
+}
+
+// until waits until the state is signalled, with faults unless all is well.
+func (s *stateSignals) until(want string) {
+	s.Helper()
+	last := "nothing"
+	for end := time.After(hang); ; {
+		select {
+		case got := <-s.signals:
+			if len(got.Body) != 3 || got.Body[0] != "org.castra.Bus1.Manager" {
+				continue
+			}
+			changed := got.Body[1].(map[string]dbus.Variant)
+			last = fmt.Sprint(changed)
+			faults := changed["Faults"].Value()
+			if changed["State"].Value() == want && faults != nil && (len(faults.([][]any)) > 0) == (want != "running") {
+				return
+			}
+		case <-end:
+			s.Fatalf("D-Bus never signals %q; the last was %s", want, last)
+		}
+	}
 }
 
 // The disk does not answer for longer than castrad lets its guests wait.
@@ -274,6 +510,7 @@ func TestFaultStalled(t *testing.T) {
 	f := startFaultLab(t, "")
 	end := f.inject("fdatasync", "delay_enter=8s")
 	f.untilState("degraded: disk stalled")
+	f.advised("event-log", "disk stalled", "keeps the disk under "+f.path("log"))
 	f.serves()
 	f.replays()
 	f.until("publishes are refused", func() error {

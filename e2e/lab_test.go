@@ -21,6 +21,9 @@ import (
 // it ends a test that will never pass, and is no measure of speed.
 const hang = 60 * time.Second
 
+// shownLog is how much of what a process said last a failed test shows, in bytes.
+const shownLog = 64 << 10
+
 // A lab is a directory with a host's castrad and whatever else a test starts beside
 // it. All of it ends with the test, which fails if a process must be killed.
 type lab struct {
@@ -82,6 +85,7 @@ func (l *lab) start(name string, env []string, argv ...string) *exec.Cmd {
 		l.stop(name, cmd)
 		if l.Failed() {
 			log, _ := os.ReadFile(out.Name())
+			log = log[max(0, len(log)-shownLog):]
 			l.Logf("%s: %v, having said:\n%s", name, cmd.ProcessState, log)
 		}
 	})
@@ -104,7 +108,7 @@ func (l *lab) bus(name string) string {
 	l.Helper()
 	address := "unix:path=" + l.path(name+".bus")
 	conf := l.write(name+"-bus.conf", `<busconfig><type>session</type><listen>%s</listen><auth>EXTERNAL</auth>
-<policy context="default"><allow send_destination="*" eavesdrop="true"/><allow eavesdrop="true"/><allow own="*"/></policy></busconfig>`, address)
+<policy context="default"><allow user="*"/><allow send_destination="*" eavesdrop="true"/><allow eavesdrop="true"/><allow own="*"/></policy></busconfig>`, address)
 	l.start(name+"-bus", nil, "dbus-daemon", "--nofork", "--nopidfile", "--nosyslog", "--config-file="+conf)
 	l.until("the message bus is there", func() error {
 		_, err := os.Stat(l.path(name + ".bus"))
@@ -195,7 +199,13 @@ func (l *lab) tryCastractl(args ...string) (string, error) {
 // until repeats cond until it succeeds.
 func (l *lab) until(what string, cond func() error) {
 	l.Helper()
-	end := time.Now().Add(hang)
+	l.within(hang, what, cond)
+}
+
+// within is until for what takes longer than hang.
+func (l *lab) within(d time.Duration, what string, cond func() error) {
+	l.Helper()
+	end := time.Now().Add(d)
 	for {
 		err := cond()
 		if err == nil {

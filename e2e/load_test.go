@@ -190,10 +190,15 @@ func (ld *load) refusedWith(code string) int {
 	return ld.refusals[code]
 }
 
-// finish lets the guests see everything acknowledged that they have published.
+// finish lets the guests see everything acknowledged that they have published, and
+// waits until castrad, which must be up, has what castra-guestd keeps for it.
 func (ld *load) finish() {
 	ld.enough.Store(true)
 	ld.work.Wait()
+	for i := range daemons {
+		vm := fmt.Sprintf("guest%d", i)
+		(&spooler{lab: ld.l, vm: vm, bus: "unix:path=" + ld.l.path(vm+".bus")}).drained()
+	}
 }
 
 func (ld *load) run(p *publisher) {

@@ -3,6 +3,7 @@ package e2e
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"fmt"
 	"os"
 	"os/exec"
@@ -10,12 +11,14 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/castrabus/castra/internal/bus"
 )
 
-// A host is a Debian booted in a container, with castrad installed in it as its
-// package would be.
+// A host is a Debian booted in a container.
 type host struct {
 	*lab
+	tree   string // its directory, seen from outside
 	leader string // the process that is PID 1 inside
 }
 
@@ -28,7 +31,15 @@ func sudo(argv ...string) []string {
 
 func command(argv ...string) *exec.Cmd { return exec.Command(argv[0], argv[1:]...) }
 
+// bootHost boots one in which the packages of the host are installed.
 func bootHost(t *testing.T) *host {
+	t.Helper()
+	return boot(t, debs(t, "castrad", "castractl")...)
+}
+
+// boot boots a host with packages, files, installed in it. castra-guestd, for a guest
+// that is a process, and what else the test needs, is in its /root.
+func boot(t *testing.T, packages ...string) *host {
 	t.Helper()
 	l := newLab(t)
 	base, err := exec.Command("../scripts/host-root").Output()
@@ -36,11 +47,14 @@ func bootHost(t *testing.T) *host {
 		t.Fatal(err)
 	}
 	root := l.path("root")
+	install := sudo("true")
+	if len(packages) > 0 {
+		install = sudo(append([]string{"dpkg", "--root=" + root, "--install"}, packages...)...)
+	}
 	for _, argv := range [][]string{
 		sudo("cp", "-a", filepath.Join(strings.TrimSpace(string(base)), "root"), root),
-		sudo("../scripts/install", root, "host"),
-		sudo("install", bin(t, "castra-guestd"), filepath.Join(root, "usr/bin")),
-		sudo("systemctl", "--root="+root, "enable", "--quiet", "castrad.socket"),
+		sudo("install", bin(t, "castra-guestd"), filepath.Join(root, "root")),
+		install,
 		sudo("systemctl", "--root="+root, "mask", "--quiet", "systemd-networkd.service", "systemd-udevd.service"),
 	} {
 		if out, err := command(argv...).CombinedOutput(); err != nil {
@@ -53,7 +67,7 @@ func bootHost(t *testing.T) *host {
 		t.Fatal(err)
 	}
 	l.start("boot", nil, boot, root)
-	h := &host{lab: l}
+	h := &host{lab: l, tree: root}
 	l.until("the host has booted", func() error {
 		out, err := exec.Command("pgrep", "--full", "--exact", "--newest", ".*systemd-nspawn .*--directory="+root).Output()
 		if err != nil {
@@ -67,7 +81,13 @@ func bootHost(t *testing.T) *host {
 		return err
 	})
 	// Ended from inside, so that nothing of it stays.
-	t.Cleanup(func() { _, _ = h.try("systemctl", "poweroff", "--force", "--force") })
+	t.Cleanup(func() {
+		if t.Failed() {
+			out, err := h.try("journalctl", "--no-pager", "--lines=100")
+			t.Logf("the host's journal (%v):\n%s", err, out)
+		}
+		_, _ = h.try("systemctl", "poweroff", "--force", "--force")
+	})
 	return h
 }
 
@@ -94,6 +114,21 @@ func (h *host) run(argv ...string) string {
 	return out
 }
 
+// session is the token of a VM's session, "" if it has none.
+func (h *host) session(vm string) string {
+	h.Helper()
+	var st bus.Status
+	if err := json.Unmarshal([]byte(h.run("castractl", "status", "--json")), &st); err != nil {
+		h.Fatal(err)
+	}
+	for _, v := range st.VMs {
+		if v.VM == vm {
+			return v.Session
+		}
+	}
+	return ""
+}
+
 // want fails unless text has all the words.
 func (h *host) want(text string, words ...string) {
 	h.Helper()
@@ -118,7 +153,7 @@ func TestSystemd(t *testing.T) {
 	// A guest's daemon, as a process: the bus name is taken, so it serves its socket alone.
 	h.run("systemd-run", "--quiet", "--unit=guest", "sh", "-c",
 		`printf '[broker]\naddress = "127.0.0.1:7070"\n[identity]\nvm = "web1"\n[bus]\nsubscribe = ["vm:self"]\n' >/run/guest.toml
-		 exec castra-guestd --config /run/guest.toml`)
+		 exec /root/castra-guestd --config /run/guest.toml`)
 	h.run("castractl", "wait", "web1", "--for", "subscribed", "--timeout", "60s")
 	h.run("castractl", "bus", "publish", "--vm", "web1", "--wait-ack", "30s", `"hello"`)
 	h.until("systemctl status counts the guests", func() error {
@@ -132,8 +167,11 @@ func TestSystemd(t *testing.T) {
 
 	h.run("systemctl", "reload", "castrad")
 	h.want(h.run("castractl", "status", "web1"), "reachable")
+	session := h.session("web1")
 	h.run("systemctl", "restart", "castrad")
-	h.run("castractl", "wait", "web1", "--timeout", "60s") // the guest is back by itself
+	if now := h.session("web1"); now != session {
+		t.Errorf("a restart made session %s %s", session, now)
+	}
 
 	t.Run("rights", func(t *testing.T) {
 		h.run("useradd", "reader")
@@ -154,9 +192,15 @@ func TestSystemd(t *testing.T) {
 
 	// A castrad that hangs is killed by the watchdog, and started again.
 	h.run("sh", "-c", `mkdir -p /run/systemd/system/castrad.service.d
-		printf '[Service]\nWatchdogSec=2s\n' >/run/systemd/system/castrad.service.d/quick.conf
+		printf '[Service]\nWatchdogSec=2s\nFileDescriptorStoreMax=0\n' >/run/systemd/system/castrad.service.d/quick.conf
 		systemctl daemon-reload && systemctl restart castrad`)
-	h.run("castractl", "wait", "web1", "--timeout", "60s")
+	// Nor does systemd keep its sessions: the guest is back by itself.
+	h.until("the guest has another session", func() error {
+		if now := h.session("web1"); now == "" || now == session {
+			return fmt.Errorf("it is %q", now)
+		}
+		return nil
+	})
 	time.Sleep(5 * time.Second) // twice the watchdog's patience: fed, it must not bite
 	before := h.run("systemctl", "show", "--property=MainPID,NRestarts", "castrad")
 	h.want(before, "NRestarts=0")
@@ -170,10 +214,36 @@ func TestSystemd(t *testing.T) {
 	h.run("castractl", "wait", "web1", "--timeout", "60s")
 	h.want(h.run("journalctl", "--unit=castrad", "--no-pager"), "Watchdog timeout")
 
+	// While castrad starts, what only looks says so, and waits for nothing.
+	h.run("sh", "-c", `printf '[Service]\nExecStartPre=/bin/sleep infinity\n' >/run/systemd/system/castrad.service.d/slow.conf
+		systemctl daemon-reload && systemctl stop castrad && systemctl start --no-block castrad`)
+	h.until("castrad is starting", func() error {
+		out, err := h.try("castractl", "status")
+		if err == nil || !strings.Contains(out, "castrad is starting") {
+			return fmt.Errorf("status says %s", out)
+		}
+		return nil
+	})
+	for _, args := range [][]string{{"vm", "list"}, {"ports"}, {"explain", "web1"}} {
+		out, err := h.try(append([]string{"castractl"}, args...)...)
+		if err == nil {
+			t.Errorf("castractl %v succeeds while castrad starts: %s", args, out)
+		}
+		h.want(out, "castrad is starting")
+	}
+	h.run("sh", "-c", `rm /run/systemd/system/castrad.service.d/slow.conf
+		systemctl daemon-reload && systemctl stop castrad && systemctl start castrad`)
+	h.run("castractl", "wait", "web1", "--timeout", "60s")
+
 	h.run("systemctl", "stop", "castrad.socket", "castrad.service")
 	out, err := h.try("castractl", "status")
 	if err == nil {
 		t.Errorf("status of a stopped bus succeeds: %s", out)
 	}
 	h.want(out, "systemctl start castrad")
+	out, err = h.try("castractl", "explain", "web1")
+	if err == nil {
+		t.Errorf("explain finds nothing wrong with a stopped socket: %s", out)
+	}
+	h.want(out, "web1: listener: castrad is not running, and its socket does not listen; systemctl start castrad.socket")
 }

@@ -1,6 +1,9 @@
 package e2e
 
 import (
+	"bytes"
+	"encoding/base64"
+	"encoding/hex"
 	"encoding/json"
 	"fmt"
 	"os"
@@ -8,46 +11,99 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
+
+	"github.com/castrabus/castra/internal/bus"
+	"github.com/castrabus/castra/internal/identity"
 )
 
+// vmDisk makes the file disk, with castra-guestd installed on it, and gives the kernel
+// that boots it.
+func (l *lab) vmDisk(t *testing.T) (kernel string) {
+	l.Helper()
+	debs(t, "castra-guestd", "castractl") // of which vm-image makes the disk
+	image := exec.Command("../scripts/vm-image", l.path("disk"))
+	image.Stderr = os.Stderr
+	out, err := image.Output()
+	if err != nil {
+		l.Fatal(err)
+	}
+	return strings.TrimSpace(string(out))
+}
+
+// bootVM boots a VM from a copy of the disk; its castra-guestd looks for castrad at the
+// lab's port.
+func (l *lab) bootVM(name, kernel string, handover ...string) *console {
+	l.Helper()
+	qemu, err := filepath.Abs("../scripts/vm-qemu")
+	if err != nil {
+		l.Fatal(err)
+	}
+	if out, err := exec.Command("cp", "--sparse=always", l.path("disk"), l.path(name+".disk")).CombinedOutput(); err != nil {
+		l.Fatalf("copying the disk: %v: %s", err, out)
+	}
+	l.start(name, nil, append([]string{
+		qemu, kernel, name + ".disk", name + ".console", fmt.Sprintf("10.0.2.2:%d", l.port),
+	}, handover...)...)
+	return l.dialConsole(l.path(name + ".console"))
+}
+
+// TestVMAlone boots a VM that has no castrad to talk to: nothing of its boot waits for
+// castra-guestd, which is there for its programs all the same.
+func TestVMAlone(t *testing.T) {
+	l := newLab(t)
+	l.port = freePort(t)
+	vm := l.bootVM("alone", l.vmDisk(t))
+	vm.booted()
+	// The words that are looked for are never typed on the console, which echoes.
+	vm.run(`systemctl is-system-running --wait; dpkg-query --show --showformat='${db:Status-Status} ${Package}\n' 'castra*'; echo boot""ed=$?`)
+	at := vm.expect(0, "booted=0")
+	vm.run(`systemctl is-active castra-guestd.service castra-guestd.socket; stat --format='%a %G' /run/castra-guestd/bus.sock; echo servi""ng`)
+	at = vm.expect(at, "serving")
+	vm.run(`systemd-analyze blame --no-pager | grep -n castra; systemd-analyze critical-chain --no-pager multi-user.target | cat; echo analy""sed`)
+	end := vm.expect(at, "analysed")
+	shown := string(vm.said())
+	for _, want := range []string{"running", "installed castra-guestd", "installed castractl", "active\r\nactive", "660 castra"} {
+		if !strings.Contains(shown, want) {
+			t.Errorf("%q is not on the console", want)
+		}
+	}
+	_, chain, found := strings.Cut(shown[at:end], "multi-user.target @")
+	if !found || strings.Contains(chain, "castra-guestd") {
+		t.Errorf("the boot waits for castra-guestd, or the chain is not shown:\n%s", shown[at:end])
+	}
+	t.Logf("%s", shown[at:end])
+}
+
 // TestVM boots Debian with castra-guestd in it under QEMU, registered by the arguments
-// that castractl prints, and talks with it both ways.
+// that castractl prints, and talks with it both ways. The same image boots beside it
+// with its name and a key of its own, and is refused. No key shows in a process list.
 func TestVM(t *testing.T) {
 	l := newLab(t)
 	l.castrad()
 	handover := strings.Fields(l.castractl("vm", "add", "web1"))
+	thief := strings.Fields(l.castractl("vm", "add", "web2"))
+	for i, arg := range thief {
+		thief[i] = strings.ReplaceAll(arg, "castra.vm=web2", "castra.vm=web1")
+	}
 
-	scripts, err := filepath.Abs("../scripts")
-	if err != nil {
-		t.Fatal(err)
-	}
-	image := exec.Command(filepath.Join(scripts, "vm-image"), l.path("disk"))
-	image.Stderr = os.Stderr
-	kernel, err := image.Output()
-	if err != nil {
-		t.Fatal(err)
-	}
-	broker := fmt.Sprintf("10.0.2.2:%d", l.port)
-	l.start("qemu", nil, append([]string{
-		filepath.Join(scripts, "vm-qemu"), strings.TrimSpace(string(kernel)), "disk", "console", broker,
-	}, handover...)...)
-	vm := l.dialConsole(l.path("console"))
+	kernel := l.vmDisk(t)
+	vm := l.bootVM("web1", kernel, handover...)
+	other := l.bootVM("thief", kernel, thief...)
 
 	// A boot takes ten seconds without KVM, and longer beside other work.
 	l.castractl("wait", "web1", "--timeout", "300s")
-	var status struct {
-		VMs []struct {
-			VM        string
-			Reachable bool
-			Keyed     bool
+	state := func() (st bus.Status) {
+		if err := json.Unmarshal([]byte(l.castractl("status", "--json")), &st); err != nil {
+			t.Fatal(err)
 		}
+		return st
 	}
-	if err := json.Unmarshal([]byte(l.castractl("status", "--json")), &status); err != nil {
-		t.Fatal(err)
+	st := state()
+	if len(st.VMs) != 2 || st.VMs[0].VM != "web1" || !st.VMs[0].Reachable || !st.VMs[0].Keyed || st.VMs[1].Reachable {
+		t.Fatalf("status shows %+v, want web1 reachable and keyed, and web2 not", st.VMs)
 	}
-	if len(status.VMs) != 1 || status.VMs[0].VM != "web1" || !status.VMs[0].Reachable || !status.VMs[0].Keyed {
-		t.Fatalf("status shows %+v, want web1 alone, reachable and keyed", status.VMs)
-	}
+	session := st.VMs[0].Session
 
 	// The words that are looked for are never typed on the console, which echoes.
 	vm.run("")
@@ -71,4 +127,58 @@ func TestVM(t *testing.T) {
 	l.castractl("wait", "web1", "--for", "subscribed", "--timeout", "60s")
 	l.castractl("bus", "publish", "--vm", "web1", "--payload", `{"from":"outside"}`)
 	vm.expect(at, `"from":"outside"`)
+
+	l.within(5*time.Minute, "the other VM is refused", func() error {
+		for _, r := range state().Refused {
+			if r.VM == "web1" && r.Reason == "auth-failed" {
+				return nil
+			}
+		}
+		return fmt.Errorf("those turned away are %+v", state().Refused)
+	})
+	other.run("")
+	mark := other.expect(0, "# ")
+	other.run("castractl status; echo status=$?")
+	other.expect(mark, "auth-failed")
+	if st := state(); len(st.VMs) != 2 || st.VMs[0].Session != session || !st.VMs[0].Reachable || st.VMs[1].Reachable {
+		t.Errorf("status shows %+v; web1's session was %s", st.VMs, session)
+	}
+	l.keysHidden("web1.castra-key", "web2.castra-key")
+}
+
+// keysHidden looks for keys in the arguments of every process.
+func (l *lab) keysHidden(files ...string) {
+	l.Helper()
+	lines, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil {
+		l.Fatal(err)
+	}
+	qemus := 0
+	for _, path := range lines {
+		args, err := os.ReadFile(path)
+		if err != nil {
+			continue // it has ended
+		}
+		for _, file := range files {
+			data, err := os.ReadFile(l.path(file))
+			if err != nil {
+				l.Fatal(err)
+			}
+			key, err := identity.ParseKey(data)
+			if err != nil {
+				l.Fatal(err)
+			}
+			for _, text := range []string{base64.StdEncoding.EncodeToString(key), hex.EncodeToString(key), string(key)} {
+				if bytes.Contains(args, []byte(text)) {
+					l.Errorf("%s shows the key in %s", path, file)
+				}
+			}
+			if bytes.Contains(args, []byte("path="+file)) {
+				qemus++
+			}
+		}
+	}
+	if qemus < 2 {
+		l.Errorf("%d processes were given a key's path, and two VMs are running", qemus)
+	}
 }

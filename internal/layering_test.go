@@ -1,5 +1,5 @@
-// Package internal holds nothing but the test of how the packages below it may
-// depend on each other.
+// Package internal holds nothing but tests of the tree as a whole: how the packages
+// below may depend on each other, and that docs/SEED.md names tests that there are.
 package internal
 
 import (
@@ -25,6 +25,7 @@ const (
 	godbus    = "github.com/godbus/dbus/v5"
 	goSystemd = "github.com/coreos/go-systemd/v22"
 	logrus    = "github.com/sirupsen/logrus"
+	pflag     = "github.com/spf13/pflag" // cobra's flags
 	toml      = "github.com/BurntSushi/toml"
 	xsys      = "golang.org/x/sys"
 )
@@ -40,14 +41,16 @@ type rule struct {
 // rules is the whole of internal/. A new package is put here, on the lowest layer
 // that serves it, before anything else may import it.
 var rules = map[string]rule{
-	"backoff":  {layer: 0},
-	"bus":      {layer: 0},
-	"config":   {layer: 0, uses: []string{toml}},
-	"eventlog": {layer: 0},
-	"flags":    {layer: 0},
-	"logging":  {layer: 0, uses: []string{logrus, goSystemd}},
-	"sdnotify": {layer: 0, uses: []string{goSystemd, xsys}},
-	"wire":     {layer: 0},
+	"backoff":   {layer: 0},
+	"bus":       {layer: 0},
+	"config":    {layer: 0, uses: []string{toml}},
+	"eventlog":  {layer: 0},
+	"flags":     {layer: 0},
+	"handover":  {layer: 0, uses: []string{xsys}},
+	"logging":   {layer: 0, uses: []string{logrus, goSystemd}},
+	"sdnotify":  {layer: 0, uses: []string{goSystemd, xsys}},
+	"statefile": {layer: 0},
+	"wire":      {layer: 0},
 
 	// Below layer 2 nothing logs: errors and hooks tell those above.
 	"identity": {layer: 1},
@@ -64,7 +67,7 @@ var rules = map[string]rule{
 	"castradcmd": {layer: 4, uses: []string{logrus}, never: []string{"guest", "dbusclient"}},
 	"guestdcmd":  {layer: 4, uses: []string{logrus}, never: []string{"broker", "dbusclient"}},
 	// castractl learns everything over D-Bus.
-	"cli": {layer: 4, uses: []string{cobra, xsys}, never: []string{"broker", "guest", "session", "presence", "identity", "dbusapi"}},
+	"cli": {layer: 4, uses: []string{cobra, pflag, xsys}, never: []string{"broker", "guest", "session", "presence", "identity", "dbusapi"}},
 }
 
 // mains are the commands, each with the one package it may import.

@@ -7,14 +7,21 @@ import (
 	"net"
 	"os"
 	"sync"
+	"syscall"
 	"time"
 
+	"github.com/castrabus/castra/internal/logging"
 	"github.com/castrabus/castra/internal/session"
 )
 
-// acceptPause is how long the accept loop waits after an error, most likely a
-// lack of descriptors, that trying at once would only repeat.
-const acceptPause = 100 * time.Millisecond
+const (
+	// acceptPause is how long the accept loop waits after an error that trying at
+	// once would only repeat.
+	acceptPause = 100 * time.Millisecond
+	// acceptLog is how often at most it is told of: a lack of descriptors comes
+	// and goes with every connection.
+	acceptLog = time.Minute
+)
 
 // listener is a socket with an accept loop that can be asked whether it lives.
 type listener struct {
@@ -69,24 +76,35 @@ func (l *listener) answer(err error) bool {
 // accept hands every connection to a goroutine of its own, so that a silent
 // one delays nobody.
 func (b *Broker) accept(l *listener) {
-	failing := false
+	var told time.Time
 	for {
 		conn, err := l.Accept()
 		switch {
 		case err == nil:
-			failing = false
 			b.guests.Add(1)
 			go b.serve(conn, b.guests.Done)
+			if wait := b.acceptTurn(); wait > 0 {
+				time.Sleep(wait) // a millisecond or so: nobody notices
+			}
 		case errors.Is(err, net.ErrClosed):
 			return
 		case l.answer(err):
 		default:
-			if !failing {
-				b.log.WithError(err).Error("cannot accept a connection; trying again")
+			if time.Since(told) >= acceptLog {
+				told = time.Now()
+				logging.AcceptFailed.On(b.log).WithError(err).Error("cannot accept a connection; trying again")
 			}
-			failing = true
+			pause := acceptPause
+			if errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) {
+				// Somebody waits to be let in: room is made as it is where there
+				// are too many handshakes.
+				b.limited.hit(limitOpenFiles)
+				if b.handshakes.evict() != nil {
+					pause = acceptPause / 20
+				}
+			}
 			select {
-			case <-time.After(acceptPause):
+			case <-time.After(pause):
 			case <-b.ctx.Done():
 				return
 			}
@@ -94,19 +112,28 @@ func (b *Broker) accept(l *listener) {
 	}
 }
 
-// serve takes a connection to its close, and then calls done.
-func (b *Broker) serve(conn net.Conn, done func()) {
+// serve takes a connection to its close, and then calls ended.
+func (b *Broker) serve(conn net.Conn, ended func()) {
 	c, ok := conn.(session.Conn)
 	if !ok {
-		b.log.WithField("addr", conn.RemoteAddr()).Errorf("a %T cannot carry a session", conn)
+		logging.AcceptFailed.On(b.log).WithField("addr", conn.RemoteAddr()).Errorf("a %T cannot carry a session", conn)
 		_ = conn.Close()
-		done()
+		ended()
 		return
 	}
-	leave := b.handshakes.enter(c)
-	session.Serve(b.ctx, &greeted{Conn: c, done: leave}, b, b.sessionOptions(), func() {
-		leave()
+	if tcp, ok := conn.(*net.TCPConn); ok && b.opts.UnsentBytes > 0 {
+		// The kernel doubles it for its own book-keeping (socket(7)). Left alone
+		// it grows to megabytes, for each guest that does not read.
+		_ = tcp.SetWriteBuffer(b.opts.UnsentBytes / 2)
+	}
+	done, evicted := b.handshakes.enter(c)
+	if evicted != nil {
+		b.bite(limitHandshakes, evicted.RemoteAddr().String(), "", session.TroubleQueueFull, session.ActionDisconnect,
+			"too many unfinished handshakes, the oldest was closed")
+	}
+	session.Serve(b.ctx, &greeted{Conn: c, done: func() { done(); b.acceptable() }}, b, b.sessionOptions(), func() {
 		done()
+		ended()
 	})
 }
 
@@ -130,24 +157,55 @@ func (g *greeted) SetDeadline(t time.Time) error {
 type handshakes struct {
 	max int
 
-	mu  sync.Mutex
-	all list.List // of session.Conn, oldest first
+	mu   sync.Mutex
+	all  list.List // of session.Conn, oldest first
+	over bool      // there are to be no more
 }
 
-func (h *handshakes) enter(c session.Conn) (leave func()) {
+// end closes them all, and those that come.
+func (h *handshakes) end() {
+	h.mu.Lock()
+	h.over = true
+	conns := make([]session.Conn, 0, h.all.Len())
+	for e := h.all.Front(); e != nil; e = e.Next() {
+		conns = append(conns, e.Value.(session.Conn))
+	}
+	h.all.Init()
+	h.mu.Unlock()
+	for _, c := range conns {
+		_ = c.Close()
+	}
+}
+
+// enter puts c on the list and gives the connection that was closed for it, nil if
+// there was room.
+func (h *handshakes) enter(c session.Conn) (leave func(), evicted session.Conn) {
 	h.mu.Lock()
 	e := h.all.PushBack(c)
-	var oldest session.Conn
-	if h.max > 0 && h.all.Len() > h.max {
-		oldest = h.all.Remove(h.all.Front()).(session.Conn)
-	}
+	full := h.over || h.max > 0 && h.all.Len() > h.max
 	h.mu.Unlock()
-	if oldest != nil {
-		_ = oldest.Close()
+	if full {
+		evicted = h.evict()
 	}
 	return func() {
 		h.mu.Lock()
 		h.all.Remove(e) // nothing if it has been removed
 		h.mu.Unlock()
+	}, evicted
+}
+
+// evict closes the oldest and gives it; nil if there is none.
+func (h *handshakes) evict() session.Conn {
+	h.mu.Lock()
+	e := h.all.Front()
+	if e != nil {
+		h.all.Remove(e)
 	}
+	h.mu.Unlock()
+	if e == nil {
+		return nil
+	}
+	c := e.Value.(session.Conn)
+	_ = c.Close()
+	return c
 }

@@ -35,6 +35,9 @@ func (b *Broker) announce() {
 		select {
 		case <-first:
 		case <-b.table.Wake:
+		case <-b.health.changed:
+			b.tellWatchers([]string{""})
+			continue
 		case <-a.stuck.Done():
 		case <-retry.C:
 		case <-b.ctx2.Done():
@@ -48,6 +51,11 @@ func (b *Broker) announce() {
 		if b.publishPresence(&a); len(a.pending) > 0 {
 			a.pending = mergeChanges(a.pending)
 			retry.Reset(announceRetry)
+		}
+		for _, name := range touched {
+			if !b.table.Has(name) {
+				b.records.handshake(name) // its file goes
+			}
 		}
 		b.tellWatchers(touched)
 	}
@@ -156,7 +164,8 @@ func (w *watchers) list() []func(bus.VM, bool) {
 
 // Watch makes the broker call fn, from one goroutine and never under a lock, on
 // each change of a VM that a person would watch; removed says that the VM is
-// no longer known. fn must not wait.
+// no longer known. A VM without a name stands for the broker itself. fn must
+// not wait.
 func (b *Broker) Watch(fn func(vm bus.VM, removed bool)) (cancel func()) {
 	w := &b.watchers
 	w.mu.Lock()
@@ -174,8 +183,9 @@ func (b *Broker) Watch(fn func(vm bus.VM, removed bool)) (cancel func()) {
 	}
 }
 
-// tellWatchers tells of the VMs in touched, and then lets a moment pass, so
-// that a storm of changes is told of once a VM and not once a change.
+// tellWatchers tells of the VMs in touched, the empty name being the broker's,
+// and then lets a moment pass, so that a storm of changes is told of once a VM
+// and not once a change.
 func (b *Broker) tellWatchers(touched []string) {
 	fns := b.watchers.list()
 	if len(fns) == 0 || len(touched) == 0 {
@@ -189,7 +199,11 @@ func (b *Broker) tellWatchers(touched []string) {
 		}
 	}
 	for _, name := range touched {
-		if !known[name] {
+		if name == "" {
+			for _, fn := range fns {
+				fn(bus.VM{}, false)
+			}
+		} else if !known[name] {
 			for _, fn := range fns {
 				fn(bus.VM{VM: name}, true)
 			}

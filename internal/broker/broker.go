@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -19,6 +20,7 @@ import (
 	"github.com/castrabus/castra/internal/bus"
 	"github.com/castrabus/castra/internal/eventlog"
 	"github.com/castrabus/castra/internal/identity"
+	"github.com/castrabus/castra/internal/logging"
 	"github.com/castrabus/castra/internal/presence"
 	"github.com/castrabus/castra/internal/session"
 	"github.com/castrabus/castra/internal/wire"
@@ -39,7 +41,9 @@ type Options struct {
 	HostRetention int64
 	VMRetention   int64
 	RetentionAge  time.Duration
-	MaxHandshakes int // unfinished at once; beyond it the oldest is closed
+	MaxHandshakes int      // unfinished at once; beyond it the oldest is closed
+	UnsentBytes   int      // what the kernel may hold of what a session was sent; 0: as it likes
+	Inherit       *os.File // what the castrad before handed over; nil: nothing
 	Settings
 }
 
@@ -54,7 +58,8 @@ type Settings struct {
 	MaxSessions      int
 	MaxVMs           int
 	MaxSubscriptions int
-	Rate             presence.Rate
+	Rate             presence.Rate // of a guest's publishes
+	HandshakeRate    presence.Rate // of a VM's handshakes that are granted
 }
 
 // vmSegments is how many segments a VM's retention is cut into (contract 5).
@@ -70,8 +75,9 @@ type Broker struct {
 	cursors *cursors
 	began   time.Time
 
+	files    fileBudget
 	settings atomic.Pointer[Settings]
-	state    atomic.Pointer[string] // why degraded; nil: it is not
+	health   health
 
 	topics   index
 	tails    waiters // those that follow the log
@@ -79,11 +85,16 @@ type Broker struct {
 	watchers watchers
 
 	handshakes handshakes
+	parking    parking
 	listeners  atomic.Pointer[[]*listener] // replaced, never changed in place
 	acked      ackMemory
+	strangers  presence.Bucket
+	refusals   presence.Bucket
+	limited    limitCounts
+	shares     shares
 	left       []presence.Change // what a castrad that was killed had no time to say
 	scans      chan struct{}     // see session.Options.Scans
-	lot        *session.Lot
+	idle       *session.Idle
 
 	// admission is held for writing while names or keys change, and for reading
 	// while a guest is let in by them.
@@ -104,9 +115,11 @@ func Open(opts Options) (*Broker, error) {
 	b := &Broker{opts: opts, log: opts.Log, began: time.Now(), scans: make(chan struct{}, maxScans)}
 	settings := opts.Settings
 	b.settings.Store(&settings)
-	b.table = presence.New(tableOptions(settings))
+	b.files = openFiles()
+	b.table = presence.New(b.tableOptions(settings))
 	b.topics.init()
-	b.handshakes.max = opts.MaxHandshakes
+	b.handshakes.max = b.files.handshakes(opts.MaxHandshakes)
+	b.health.changed = make(chan struct{}, 1)
 	var err error
 	if b.records, err = openRecorder(filepath.Join(opts.StateDir, "handshakes"), b.table, opts.Log); err != nil {
 		return nil, err
@@ -119,23 +132,25 @@ func Open(opts Options) (*Broker, error) {
 	}
 	left, err := b.records.leftReachable()
 	if err != nil {
-		b.log.WithError(err).Warn("who was reachable when castrad ended is not known")
-	}
-	for _, name := range left {
-		b.left = append(b.left, presence.Change{VM: name, Reason: presence.ReasonRestarted})
+		logging.PresenceUnknown.On(b.log).WithError(err).Warn("who was reachable when castrad ended is not known")
 	}
 	for _, e := range opts.Registry.List() {
 		b.table.Know(e.Name)
 	}
-	if b.lot, err = session.NewLot(); err != nil {
+	if most := b.files.sessions(settings.MaxSessions); most < settings.MaxSessions {
+		logging.LimitReached.On(b.log).WithField("limit", limitOpenFiles).
+			Warnf("castrad may have %d open files: no more than %d of limits.max_sessions can be connected; raise LimitNOFILE= of castrad.service", b.files.total, most)
+	}
+	if b.idle, err = session.NewIdle(); err != nil {
 		return nil, errors.Join(err, b.events.Close())
 	}
 	b.ctx, b.cancel = context.WithCancel(context.Background())
 	b.ctx2, b.cancel2 = context.WithCancel(context.Background())
+	b.inherit(left)
 	b.work.Go(func() { b.records.run(b.ctx2) })
-	b.work.Go(func() { b.cursors.run(b.ctx2, b.log) })
+	b.work.Go(func() { b.cursors.run(b.ctx2, func(err error) { b.note(partCursors, err) }) })
 	b.work.Go(b.sweep)
-	b.work.Go(b.watchLot)
+	b.work.Go(b.watchIdle)
 	b.work.Go(b.announce)
 	return b, nil
 }
@@ -144,8 +159,20 @@ func Open(opts Options) (*Broker, error) {
 // a disk busy, and leave the processors to the others.
 const maxScans = 2
 
-func tableOptions(s Settings) presence.Options {
-	return presence.Options{ReachableWithin: s.ReachableWithin, SessionTimeout: s.SessionTimeout, MaxVMs: s.MaxVMs, MaxSessions: s.MaxSessions}
+// newVMs is how many more names than may be remembered can appear at once where
+// unknown ones are accepted, and how many a second after that: each announces
+// itself to the host and leaves a stream behind.
+const (
+	newVMsBurst = 1000
+	newVMsRate  = 10
+)
+
+func (b *Broker) tableOptions(s Settings) presence.Options {
+	return presence.Options{
+		ReachableWithin: s.ReachableWithin, SessionTimeout: s.SessionTimeout, MaxVMs: s.MaxVMs,
+		NewVMs:      presence.Rate{Records: newVMsRate, Burst: float64(s.MaxVMs + newVMsBurst), Bytes: 1},
+		MaxSessions: b.files.sessions(s.MaxSessions),
+	}
 }
 
 func (b *Broker) openLog() error {
@@ -160,19 +187,16 @@ func (b *Broker) openLog() error {
 			PositionFile: filepath.Join(o.StateDir, "vm-streams.json"),
 			SegmentSize:  max(64<<10, o.VMRetention/vmSegments), Retention: o.VMRetention, MaxAge: o.RetentionAge,
 			Sender: bus.HostVM, Owner: topicOwner,
-			OnError: func(err error) {
-				if err != nil {
-					b.log.WithError(err).Error("cannot write the VMs' streams; they are completed when it works again")
-				} else {
-					b.log.Info("the VMs' streams are written again")
-				}
+			OnError: func(err error) { b.note(partVMStreams, err) },
+			OnAside: func(file, name string) {
+				logging.StateSetAside.On(b.log).WithFields(logrus.Fields{"file": file, "aside": name}).Error("what is there is no file that castrad can use; it is set aside")
 			},
 		},
 		OnCommit: b.committed,
-		OnState:  b.logState,
-		OnError:  func(err error) { b.log.WithError(err).Warn("the event log cannot tidy up") },
+		OnState:  func(s eventlog.State) { b.note(partLog, s.Err) },
+		OnError:  func(err error) { logging.ExpiryFailed.On(b.log).WithError(err).Warn("the event log cannot tidy up") },
 		OnDamage: func(d eventlog.Damage) {
-			b.log.WithFields(logrus.Fields{"file": d.File, "offset": d.Offset}).
+			logging.RecordDamaged.On(b.log).WithFields(logrus.Fields{"file": d.File, "offset": d.Offset}).
 				Error("a damaged record is passed over; its readers are told of a gap")
 		},
 	})
@@ -181,10 +205,10 @@ func (b *Broker) openLog() error {
 	}
 	b.events = log
 	for _, d := range rec.Damaged {
-		b.log.WithFields(logrus.Fields{"file": d.File, "offset": d.Offset}).Error("the event log has a damaged record")
+		logging.RecordDamaged.On(b.log).WithFields(logrus.Fields{"file": d.File, "offset": d.Offset}).Error("the event log has a damaged record")
 	}
 	if c := rec.Cut; c != nil {
-		b.log.WithFields(logrus.Fields{"file": c.File, "offset": c.Offset, "bytes": c.Bytes, "aside": c.Aside}).
+		logging.WriteCutOff.On(b.log).WithFields(logrus.Fields{"file": c.File, "offset": c.Offset, "bytes": c.Bytes, "aside": c.Aside}).
 			Warn("an unfinished write was cut off the event log; nothing in it had been acknowledged")
 	}
 	return nil
@@ -195,24 +219,12 @@ func topicOwner(topic []byte) ([]byte, bool) {
 	return []byte(name), ok
 }
 
-// logState takes in a change of the event log's state.
-func (b *Broker) logState(s eventlog.State) {
-	if s.Degraded == "" {
-		b.state.Store(nil)
-		b.log.Info("the event log takes records again")
-	} else {
-		b.state.Store(&s.Degraded)
-		b.log.WithError(s.Err).WithField("reason", s.Degraded).
-			Error("the event log takes no records; publishes are refused until the disk answers")
-	}
-}
-
 // Configure changes the settings of a running broker and reads the registry
 // anew; it gives the files that cannot be used. Sessions whose name is gone or
 // whose key has changed end.
 func (b *Broker) Configure(s Settings) ([]identity.Problem, error) {
 	b.settings.Store(&s)
-	b.table.Configure(tableOptions(s))
+	b.table.Configure(b.tableOptions(s))
 	b.admission.Lock()
 	before := b.opts.Registry.List()
 	problems, err := b.opts.Registry.Reload()
@@ -284,6 +296,7 @@ func (b *Broker) sweep() {
 		select {
 		case <-t.C:
 			b.table.Sweep()
+			b.tellWithheld()
 		case <-b.ctx2.Done():
 			t.Stop()
 			return
@@ -291,10 +304,10 @@ func (b *Broker) sweep() {
 	}
 }
 
-// watchLot serves idle sessions.
-func (b *Broker) watchLot() {
-	if err := b.lot.Run(b.ctx2); err != nil {
-		b.log.WithError(err).Error("idle guests are not heard any more; restart castrad")
+// watchIdle serves the sessions that have nothing to do.
+func (b *Broker) watchIdle() {
+	if err := b.idle.Run(b.ctx2); err != nil {
+		logging.Failed.On(b.log).WithError(err).Error("idle guests are not heard any more: systemctl restart castrad")
 	}
 }
 
@@ -302,6 +315,6 @@ func (b *Broker) sessionOptions() session.Options {
 	s := b.settings.Load()
 	return session.Options{
 		HandshakeTimeout: s.HandshakeTimeout, WriteTimeout: s.SessionTimeout,
-		MaxSubscriptions: s.MaxSubscriptions, Scans: b.scans, Lazy: b.events.Lazy(), Log: b.events, Lot: b.lot,
+		MaxSubscriptions: s.MaxSubscriptions, Scans: b.scans, Lazy: b.events.Lazy(), Log: b.events, Idle: b.idle,
 	}
 }

@@ -34,7 +34,8 @@ func testOptions(t testing.TB, dir string) Options {
 		Settings: Settings{
 			AcceptUnknown: true, HandshakeTimeout: 5 * time.Second, SessionTimeout: time.Minute, ReachableWithin: 45 * time.Second,
 			MaxSessions: 1000, MaxVMs: 1000, MaxSubscriptions: 16,
-			Rate: presence.Rate{Records: 1e6, Burst: 1e6, Bytes: 1e9},
+			Rate:          presence.Rate{Records: 1e6, Burst: 1e6, Bytes: 1e9},
+			HandshakeRate: presence.Rate{Records: 10, Burst: 100, Bytes: 1},
 		},
 	}
 }
@@ -128,7 +129,11 @@ func (g *guest) send(frames ...string) {
 // next gives the next frame, or the error in parentheses.
 func (g *guest) next() string {
 	g.t.Helper()
-	f, err := wire.ReadFrame(g.r, nil)
+	err := g.conn.SetDeadline(time.Now().Add(hang)) // of each wait: a long test may take longer
+	var f []byte
+	if err == nil {
+		f, err = wire.ReadFrame(g.r, nil)
+	}
 	if err != nil {
 		return fmt.Sprintf("(%v)", err)
 	}

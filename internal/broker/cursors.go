@@ -14,7 +14,10 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"github.com/castrabus/castra/internal/bus"
+	"github.com/castrabus/castra/internal/logging"
 	"github.com/castrabus/castra/internal/session"
+	"github.com/castrabus/castra/internal/statefile"
+	"github.com/castrabus/castra/internal/wire"
 )
 
 const (
@@ -71,10 +74,13 @@ func (b *Broker) OpenCursor(sub *session.Subscription, start uint64) (uint64, er
 	next, lost, err := b.cursors.open(vm, name, sub.Topic(), start, end)
 	if err != nil {
 		b.Unsubscribe(sub)
+		if refusal, ok := errors.AsType[*bus.Error](err); ok && refusal.Code == bus.CodeInternal && b.shares.take(noteLog, vm, b.registered(vm), "", "") {
+			logging.CursorsUnreadable.On(b.log).WithField("vm", vm).Errorf("%s; its subscriptions with a cursor are refused until the file is mended or moved away", refusal.Reason)
+		}
 		return 0, err
 	}
 	if lost > 0 {
-		b.log.WithFields(logrus.Fields{"vm": vm, "cursor": name, "seq": lost}).
+		logging.CursorBeyondEnd.On(b.log).WithFields(logrus.Fields{"vm": vm, "cursor": name, "seq": lost}).
 			Warn("a cursor lay beyond the end of the event log, which was cut or restored; it is set to the end")
 	}
 	return next, nil
@@ -93,7 +99,7 @@ func (c *cursors) open(vm, name, topic string, start, end uint64) (next, lost ui
 	v.file.Lock()
 	defer v.file.Unlock()
 	if err := c.load(v); err != nil {
-		return 0, 0, bus.Errorf(bus.CodeInternal, "reading the cursors of %s: %v", vm, err)
+		return 0, 0, bus.Errorf(bus.CodeInternal, "reading the cursors in %s: %v", v.path, err)
 	}
 	c.mu.Lock()
 	cur := v.all[name]
@@ -136,25 +142,39 @@ func (c *cursors) load(v *vmCursors) error {
 		return nil
 	}
 	all := make(map[string]*cursor)
-	data, err := os.ReadFile(v.path)
+	data, err := statefile.Read(v.path, maxCursorFile, statefile.NoFollow)
 	if err == nil {
-		err = json.Unmarshal(data, &all)
+		all, err = parseCursors(data)
 	}
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	for name, cur := range all {
-		if cur == nil { // somebody edited the file
-			delete(all, name)
-		}
-	}
 	c.mu.Lock()
-	if v.all = all; all == nil {
-		v.all = make(map[string]*cursor)
-	}
+	v.all = all
 	c.mu.Unlock()
 	v.loaded = true
 	return nil
+}
+
+// maxCursorFile is more than maxCursors cursors take.
+const maxCursorFile = 1 << 20
+
+// parseCursors takes a VM's file. What no subscription could ever ask for is left
+// out; what is no list of cursors is an error, for they may be somebody's.
+func parseCursors(data []byte) (map[string]*cursor, error) {
+	var all map[string]*cursor
+	if err := json.Unmarshal(data, &all); err != nil {
+		return nil, err
+	}
+	if all == nil {
+		all = make(map[string]*cursor)
+	}
+	for name, cur := range all {
+		if cur == nil || !wire.ValidSubName(name) {
+			delete(all, name)
+		}
+	}
+	return all, nil
 }
 
 // save replaces a VM's file durably. Call with it held.
@@ -188,10 +208,13 @@ func (c *cursors) move(sub *session.Subscription, seq uint64) {
 	}
 }
 
-// run writes what has moved until ctx is done, and then the rest.
-func (c *cursors) run(ctx context.Context, log *logrus.Logger) {
+// run writes what has moved until ctx is done, and then the rest. note is told how
+// each attempt went; what failed is tried again.
+func (c *cursors) run(ctx context.Context, note func(error)) {
+	var retry <-chan time.Time // nil: nothing has failed
 	for {
 		select {
+		case <-retry:
 		case <-c.wake:
 			t := time.NewTimer(cursorDelay)
 			select {
@@ -201,8 +224,10 @@ func (c *cursors) run(ctx context.Context, log *logrus.Logger) {
 			}
 		case <-ctx.Done():
 		}
-		if err := c.flush(); err != nil {
-			log.WithError(err).Error("cannot store how far guests have read; some of it may be delivered again")
+		err := c.flush()
+		note(err)
+		if retry = nil; err != nil {
+			retry = time.After(cursorDelay)
 		}
 		if ctx.Err() != nil {
 			return
@@ -226,7 +251,7 @@ func (c *cursors) flush() error {
 		if err != nil {
 			errs = append(errs, err)
 			c.mu.Lock()
-			c.moved[vm] = struct{}{} // the next move tries again
+			c.moved[vm] = struct{}{} // to be tried again
 			c.mu.Unlock()
 		}
 	}

@@ -155,7 +155,7 @@ func TestGuestLimits(t *testing.T) {
 		g.expect(`{"ack":"subscribe","status":"error","code":"` + code + `"}`)
 	}
 	vm := b.Status([]string{"g"}).VMs[0]
-	if vm.RateLimited != 1 || vm.Published != 3 || len(vm.Subscriptions) != 16 {
+	if vm.RateLimited != 1 || vm.LastLimitedAgeMS == nil || vm.Published != 3 || len(vm.Subscriptions) != 16 {
 		t.Errorf("%+v", vm)
 	}
 	eventually(t, "bus-events.jsonl tells", func() bool {

@@ -11,11 +11,14 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/sirupsen/logrus"
 
+	"github.com/castrabus/castra/internal/logging"
 	"github.com/castrabus/castra/internal/presence"
+	"github.com/castrabus/castra/internal/statefile"
 	"github.com/castrabus/castra/internal/wire"
 )
 
@@ -110,25 +113,39 @@ func (r *recorder) reachableFile() string {
 
 // leftReachable reads that list.
 func (r *recorder) leftReachable() ([]string, error) {
-	data, err := os.ReadFile(r.reachableFile())
+	data, err := statefile.Read(r.reachableFile(), maxReachable, statefile.NoFollow)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
-	if err != nil {
-		return nil, err
-	}
 	var names []string
-	if err := json.Unmarshal(data, &names); err != nil {
+	if err == nil {
+		names, err = parseReachable(data)
+	}
+	if err != nil {
 		return nil, fmt.Errorf("%s: %w", r.reachableFile(), err)
 	}
-	return slices.DeleteFunc(names, func(name string) bool { return !wire.ValidName(name) }), nil
+	return names, nil
+}
+
+// maxReachable is more than the list of any number of VMs that there may be takes.
+const maxReachable = 64 << 20
+
+// parseReachable takes the list of names, without what are none.
+func parseReachable(data []byte) ([]string, error) {
+	var names []string
+	if err := json.Unmarshal(data, &names); err != nil {
+		return nil, err
+	}
+	names = slices.DeleteFunc(names, func(name string) bool { return !wire.ValidName(name) || wire.Reserved(name) })
+	slices.Sort(names)
+	return slices.Compact(names), nil
 }
 
 // run writes until ctx is done, and then what is left.
 func (r *recorder) run(ctx context.Context) {
 	files := [2]*rotated{
-		{path: filepath.Join(r.dir, "handshake-events.jsonl")},
-		{path: filepath.Join(r.dir, "bus-events.jsonl")},
+		{path: filepath.Join(r.dir, "handshake-events.jsonl"), log: r.log},
+		{path: filepath.Join(r.dir, "bus-events.jsonl"), log: r.log},
 	}
 	soon := time.NewTimer(time.Hour)
 	soon.Stop()
@@ -191,10 +208,10 @@ func (r *recorder) note(err error) {
 	r.dropped = 0
 	r.mu.Unlock()
 	if err != nil {
-		r.log.WithError(err).Error("cannot record handshakes")
+		logging.HandshakesNotRecorded.On(r.log).WithError(err).Error("cannot record handshakes")
 	}
 	if dropped > 0 {
-		r.log.WithField("count", dropped).Warn("handshakes were not recorded: the disk is too slow")
+		logging.HandshakesNotRecorded.On(r.log).WithField("count", dropped).Warn("handshakes were not recorded: the disk is too slow")
 	}
 }
 
@@ -218,7 +235,13 @@ func (r *recorder) writeDue() {
 		r.note(err)
 	}
 	for name := range due {
-		if last, ok := r.table.Last(name); ok && !last.Handshake.IsZero() {
+		last, ok := r.table.Last(name)
+		switch {
+		case !ok: // forgotten: names that come once must not leave files for ever
+			if err := os.Remove(r.handshakeFile(name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+				r.note(err)
+			}
+		case !last.Handshake.IsZero():
 			r.note(r.writeHandshake(name, last))
 		}
 	}
@@ -256,8 +279,10 @@ func (r *recorder) writeHandshake(name string, last presence.Last) error {
 	if err != nil {
 		return err
 	}
-	return replace(filepath.Join(r.dir, name+".json"), append(data, '\n'))
+	return replace(r.handshakeFile(name), append(data, '\n'))
 }
+
+func (r *recorder) handshakeFile(name string) string { return filepath.Join(r.dir, name+".json") }
 
 // replace gives path the contents data, whole or not at all.
 func replace(path string, data []byte) error {
@@ -266,7 +291,13 @@ func replace(path string, data []byte) error {
 	if err := os.WriteFile(tmp, data, 0o640); err != nil {
 		return err
 	}
-	return os.Rename(tmp, path)
+	err := os.Rename(tmp, path)
+	if errors.Is(err, syscall.EISDIR) || errors.Is(err, fs.ErrExist) { // somebody made a directory of that name
+		if _, err = statefile.SetAside(path); err == nil {
+			err = os.Rename(tmp, path)
+		}
+	}
+	return err
 }
 
 func orEmpty(s []string) []string {
@@ -284,7 +315,9 @@ func unix(t time.Time) *int64 {
 	return &s
 }
 
-func handshakeEvent(vm string, caps []string, outcome, reason, remote string) event {
+// handshakeEvent is a line about a handshake. suppressed is how many more like it
+// there were that have no line of their own.
+func handshakeEvent(vm string, caps []string, outcome, reason, remote string, suppressed int) event {
 	return event{body: struct {
 		Timestamp    int64    `json:"timestamp"`
 		VM           string   `json:"vm"`
@@ -293,10 +326,11 @@ func handshakeEvent(vm string, caps []string, outcome, reason, remote string) ev
 		Outcome      string   `json:"session_outcome"`
 		Reason       string   `json:"reason,omitempty"`
 		Remote       string   `json:"remote_addr"`
-	}{time.Now().Unix(), vm, orEmpty(caps), "guest", outcome, reason, remote}}
+		Suppressed   int      `json:"suppressed,omitempty"`
+	}{time.Now().Unix(), vm, orEmpty(caps), "guest", outcome, reason, remote, suppressed}}
 }
 
-func busEvent(vm, session, reason, action, detail string) event {
+func busEvent(vm, session, reason, action, detail string, suppressed int) event {
 	return event{bus: true, body: struct {
 		Timestamp int64  `json:"timestamp"`
 		VM        string `json:"vm"`
@@ -304,12 +338,15 @@ func busEvent(vm, session, reason, action, detail string) event {
 		Reason    string `json:"reason"`
 		Action    string `json:"action"`
 		Detail    string `json:"detail,omitempty"`
-	}{time.Now().Unix(), vm, session, reason, action, detail}}
+
+		Suppressed int `json:"suppressed,omitempty"`
+	}{time.Now().Unix(), vm, session, reason, action, detail, suppressed}}
 }
 
 // rotated is a file of lines that is set aside when it is large.
 type rotated struct {
 	path string
+	log  *logrus.Logger
 	f    *os.File
 	size int64
 }
@@ -319,7 +356,10 @@ func (r *rotated) write(lines []byte) error {
 		return nil
 	}
 	if r.f == nil {
-		f, err := os.OpenFile(r.path, os.O_RDWR|os.O_CREATE|os.O_APPEND, 0o640)
+		f, moved, err := statefile.Append(r.path, 0o640)
+		if moved != "" {
+			logging.StateSetAside.On(r.log).WithFields(logrus.Fields{"file": r.path, "aside": moved}).Error("what is there is no file that castrad can use; it is set aside")
+		}
 		if err != nil {
 			return err
 		}

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/castrabus/castra/internal/bus"
+	"github.com/castrabus/castra/internal/logging"
 	"github.com/castrabus/castra/internal/session"
 )
 
@@ -17,12 +18,13 @@ func (b *Broker) Status(names []string) bus.Status {
 	settings := b.settings.Load()
 	s := bus.Status{
 		Broker: bus.Broker{
-			Kind: "host", Version: b.opts.Version, State: b.State(), PID: os.Getpid(),
+			Kind: "host", Version: b.opts.Version, State: b.State(), Faults: b.health.list(), PID: os.Getpid(),
 			UptimeMS: time.Since(b.began).Milliseconds(),
 			Listen:   b.Addresses(), LogDir: b.opts.LogDir, StateDir: b.opts.StateDir,
 			UnknownVMs: "reject", Sync: b.opts.SyncName,
 			HeadSeq:  b.events.Committed(),
 			Sessions: sessions, Reachable: reachable, Registered: b.opts.Registry.Len(),
+			Limited: b.limited.snapshot(),
 		},
 		VMs:     b.describe(names),
 		Refused: b.table.Refused(),
@@ -38,11 +40,11 @@ func (b *Broker) Status(names []string) bus.Status {
 
 // State says in a few words how the broker is.
 func (b *Broker) State() string {
-	switch why := b.state.Load(); {
+	switch why := b.health.word(); {
 	case b.ctx.Err() != nil:
 		return "stopping"
-	case why != nil:
-		return "degraded: " + *why
+	case why != "":
+		return "degraded: " + why
 	default:
 		return "running"
 	}
@@ -78,7 +80,7 @@ func (b *Broker) AddVM(_ context.Context, req bus.AddVMRequest) (created bool, k
 	if err == nil && created {
 		b.table.Know(req.Name)
 		b.table.Admitted(req.Name)
-		b.log.WithField("vm", req.Name).Info("VM registered")
+		logging.VMAdded.On(b.log).WithField("vm", req.Name).Info("VM registered")
 	}
 	return created, key, err
 }
@@ -95,7 +97,7 @@ func (b *Broker) RemoveVM(_ context.Context, name string) error {
 	if err != nil {
 		return err
 	}
-	b.log.WithField("vm", name).Info("VM removed")
+	logging.VMRemoved.On(b.log).WithField("vm", name).Info("VM removed")
 	return nil
 }
 
@@ -109,7 +111,7 @@ func (b *Broker) RekeyVM(_ context.Context, name string) (key []byte, err error)
 	if err != nil {
 		return nil, err
 	}
-	b.log.WithField("vm", name).Info("VM has a new key")
+	logging.VMRekeyed.On(b.log).WithField("vm", name).Info("VM has a new key")
 	return key, nil
 }
 

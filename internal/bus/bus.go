@@ -89,24 +89,44 @@ type Status struct {
 
 // Broker describes the daemon that answered.
 type Broker struct {
-	Kind        string   `json:"kind"` // "host" (castrad) or "guest" (castra-guestd)
-	Version     string   `json:"version"`
-	State       string   `json:"state"` // "running", "degraded: <why>", "stopping"; guest: also "connecting", "refused: <why>"
-	PID         int      `json:"pid"`
-	UptimeMS    int64    `json:"uptime_ms"`
-	Listen      []string `json:"listen"` // the listeners' addresses; guest: the host's address
-	LogDir      string   `json:"log_dir"`
-	StateDir    string   `json:"state_dir"`
-	UnknownVMs  string   `json:"unknown_vms"` // "reject" or "accept"
-	Sync        string   `json:"sync"`        // as configured: "always", "1s", "never"
-	HeadSeq     uint64   `json:"head_seq"`    // newest durable record; 0: none yet
-	OldestSeq   uint64   `json:"oldest_seq"`  // oldest record kept; 0: none
-	Sessions    int      `json:"sessions"`
-	Registered  int      `json:"registered"`
-	Reachable   int      `json:"reachable"`
-	SpoolCount  int      `json:"spool_count"` // guest: publishes not yet acknowledged by the host
-	SpoolBytes  int64    `json:"spool_bytes"`
-	ConnectedTo string   `json:"connected_to,omitempty"` // guest: the host's address while a session is up
+	Kind       string   `json:"kind"` // "host" (castrad) or "guest" (castra-guestd)
+	Version    string   `json:"version"`
+	State      string   `json:"state"`  // "running", "degraded: <why>", "stopping"; guest: also "connecting", "refused: <why>"
+	Faults     []Fault  `json:"faults"` // all that makes it degraded, the worst first; empty: nothing does
+	PID        int      `json:"pid"`
+	UptimeMS   int64    `json:"uptime_ms"`
+	Listen     []string `json:"listen"` // the listeners' addresses; guest: the host's address
+	LogDir     string   `json:"log_dir"`
+	StateDir   string   `json:"state_dir"`
+	UnknownVMs string   `json:"unknown_vms"` // "reject" or "accept"
+	Sync       string   `json:"sync"`        // as configured: "always", "1s", "never"
+	HeadSeq    uint64   `json:"head_seq"`    // newest durable record; 0: none yet
+	OldestSeq  uint64   `json:"oldest_seq"`  // oldest record kept; 0: none
+	Sessions   int      `json:"sessions"`
+	Registered int      `json:"registered"`
+	Reachable  int      `json:"reachable"`
+	SpoolCount int      `json:"spool_count"` // guest: publishes not yet acknowledged by the host
+	SpoolBytes int64    `json:"spool_bytes"`
+	// SpoolDurable says of a guest whether its spool is on disk: what its publishers
+	// were told is kept then survives a power cut. nil: this is a host.
+	SpoolDurable *bool `json:"spool_durable,omitempty"`
+	// SpoolReason says why it is not on disk, or why the disk takes nothing just now.
+	SpoolReason string `json:"spool_reason,omitempty"`
+	ConnectedTo string `json:"connected_to,omitempty"` // guest: the host's address while a session is up
+	// Limited counts how often each limit was reached since castrad started, by
+	// its key under [limits]; those that never were are left out.
+	Limited map[string]uint64 `json:"limited"`
+}
+
+// Fault is something that keeps a daemon from all that it promises. It ends by
+// itself when what is wrong is mended.
+type Fault struct {
+	Part   string `json:"part"`   // what of it fails: "event-log", "vm-streams", "cursors", "handshakes"
+	Cause  string `json:"cause"`  // a few words: "disk full", "disk read-only", …
+	Effect string `json:"effect"` // what is not done meanwhile, and what is
+	Detail string `json:"detail"` // the error as it came
+	Advice string `json:"advice"` // what an operator does next
+	AgeMS  int64  `json:"age_ms"`
 }
 
 // VM describes one virtual machine as the broker knows it now. Ages are
@@ -129,7 +149,10 @@ type VM struct {
 	Lag                uint64   `json:"lag"`          // records committed that its slowest subscription has not passed yet
 	Published          uint64   `json:"published"`    // records accepted since castrad started
 	RateLimited        uint64   `json:"rate_limited"` // publishes refused since castrad started
-	Forwards           []string `json:"forwards"`     // as registered: "tcp:HOST:GUEST"
+	LastLimitedAgeMS   *int64   `json:"last_limited_age_ms"`
+	Superseded         uint64   `json:"superseded"` // live sessions that a newer one replaced since castrad started
+	Contended          bool     `json:"contended"`  // two guests with this identity keep replacing each other
+	Forwards           []string `json:"forwards"`   // as registered: "tcp:HOST:GUEST"
 }
 
 // Refused is a name that was turned away lately.

@@ -22,8 +22,8 @@ func (d *daemon) brokerOptions() broker.Options {
 		SyncName: string(s.Sync), SyncEvery: s.Sync.Every(),
 		SegmentSize: int64(s.SegmentSize), HostRetention: int64(s.HostRetentionSize),
 		VMRetention: int64(s.VMRetentionSize), RetentionAge: s.RetentionAge.Std(),
-		MaxHandshakes: d.cfg.Limits.MaxHandshakes,
-		Settings:      settings(d.cfg),
+		MaxHandshakes: d.cfg.Limits.MaxHandshakes, UnsentBytes: int(d.cfg.Limits.UnsentBytes), Inherit: d.stored,
+		Settings: settings(d.cfg),
 	}
 }
 
@@ -43,5 +43,6 @@ func settings(c config.Host) broker.Settings {
 		Rate: presence.Rate{
 			Records: float64(c.Limits.PublishRate), Burst: float64(c.Limits.PublishBurst), Bytes: float64(c.Limits.PublishBytes),
 		},
+		HandshakeRate: presence.Rate{Records: float64(c.Limits.HandshakeRate), Burst: float64(c.Limits.HandshakeBurst), Bytes: 1},
 	}
 }

@@ -12,6 +12,8 @@ import (
 	"os/signal"
 	"path/filepath"
 	"reflect"
+	"slices"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -19,6 +21,7 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"github.com/castrabus/castra/internal/broker"
+	"github.com/castrabus/castra/internal/bus"
 	"github.com/castrabus/castra/internal/config"
 	"github.com/castrabus/castra/internal/dbusapi"
 	"github.com/castrabus/castra/internal/flags"
@@ -56,7 +59,7 @@ func Main(version string, args []string, stdout, stderr io.Writer) int {
 	}
 	d := &daemon{version: version, path: f.Config, cfg: cfg, log: logging.New(level)}
 	if err := d.run(); err != nil {
-		d.log.WithError(err).Error("castrad ends")
+		logging.Failed.On(d.log).WithError(err).Error("castrad ends")
 		return 1
 	}
 	return 0
@@ -69,9 +72,11 @@ type daemon struct {
 	cfg     config.Host
 	log     *logrus.Logger
 
+	stored *os.File // what the castrad before left; nil: nothing
 	broker *broker.Broker
 	reg    *identity.Registry
 	status sdnotify.Status
+	pages  []sdnotify.Passed // the health and metrics sockets
 
 	mu  sync.Mutex
 	bus string // why there is no D-Bus; empty: it is served
@@ -105,16 +110,24 @@ func (d *daemon) run() error {
 	}
 	for _, ln := range listeners {
 		d.broker.Serve(ln)
-		d.log.WithField("addr", ln.Addr().String()).Info("listening for guests")
+		logging.Listening.On(d.log).WithField("addr", ln.Addr().String()).Info("listening for guests")
+	}
+	for _, p := range d.pages {
+		logging.Listening.On(d.log).WithFields(logrus.Fields{"addr": p.Listener.Addr().String(), "use": p.Use}).Info("serving HTTP")
+		work.Go(func() {
+			if err := servePages(ctx, p, func() bus.Status { return d.broker.Status(nil) }); err != nil {
+				logging.AcceptFailed.On(d.log).WithError(err).Error("a page is no longer served")
+			}
+		})
 	}
 	if err := sdnotify.Notify("READY=1"); err != nil {
-		d.log.WithError(err).Warn("cannot tell the service manager that castrad is ready")
+		logging.NotifyFailed.On(d.log).WithError(err).Warn("cannot tell the service manager that castrad is ready")
 	}
 	work.Go(func() { d.keepStatus(ctx) })
 	work.Go(func() { trim(ctx) })
 	if interval, ok := sdnotify.WatchdogInterval(); ok {
 		work.Go(func() {
-			sdnotify.RunWatchdog(ctx, interval, func(err error) { d.log.WithError(err).Error("the watchdog is not fed") }, d.broker.Ping)
+			sdnotify.RunWatchdog(ctx, interval, func(err error) { logging.WatchdogNotFed.On(d.log).WithError(err).Error("the watchdog is not fed") }, d.broker.Ping)
 		})
 	}
 	for sig := range signals {
@@ -124,17 +137,18 @@ func (d *daemon) run() error {
 		d.reload()
 	}
 	signal.Stop(signals) // a second one ends what hangs
-	d.notify("STOPPING=1\nSTATUS=Ending sessions")
+	d.notify("STOPPING=1\nSTATUS=Ending")
 	cancel()
 	work.Wait()
 	api.Close()
+	d.handOver()
 	return d.broker.Close()
 }
 
 // warn logs what in the configuration is allowed and most likely not meant.
 func (d *daemon) warn() {
 	for _, w := range d.cfg.Warnings() {
-		d.log.Warn("configuration: " + w)
+		logging.ConfigurationDoubtful.On(d.log).Warn("configuration: " + w)
 	}
 }
 
@@ -154,15 +168,21 @@ func (d *daemon) listeners() ([]net.Listener, error) {
 	}
 	var lns []net.Listener
 	for _, p := range passed {
-		// Health and metrics sockets are taken over and left unserved: nothing is
-		// served there yet, and closing them would make systemd start castrad
-		// over and over.
-		if p.Use == sdnotify.SocketBus {
+		switch p.Use {
+		case sdnotify.SocketBus:
 			lns = append(lns, p.Listener)
+		case sdnotify.HandOver:
+			d.inherit(p.Stored)
+		default:
+			d.pages = append(d.pages, p)
 		}
 	}
 	if len(lns) > 0 {
+		d.noteOverridden(lns)
 		return lns, nil
+	}
+	if len(passed) > 0 {
+		logging.ConfigurationDoubtful.On(d.log).Warn("systemd passed sockets in, and none for guests; broker.listen decides where they connect")
 	}
 	for _, addr := range d.cfg.Broker.Listen {
 		ln, err := net.Listen("tcp", addr)
@@ -178,6 +198,21 @@ func (d *daemon) listeners() ([]net.Listener, error) {
 		return nil, errors.New("nowhere to listen: broker.listen is empty and no socket was passed in")
 	}
 	return lns, nil
+}
+
+// noteOverridden says that where guests connect is not where the configuration, edited,
+// has it.
+func (d *daemon) noteOverridden(passed []net.Listener) {
+	at := make([]string, len(passed))
+	for i, ln := range passed {
+		at[i] = ln.Addr().String()
+	}
+	listen := d.cfg.Broker.Listen
+	if slices.Equal(listen, config.DefaultHost().Broker.Listen) || !slices.ContainsFunc(listen, func(addr string) bool { return !slices.Contains(at, addr) }) {
+		return
+	}
+	logging.ConfigurationDoubtful.On(d.log).Warnf("configuration: broker.listen is %s, and systemd passed %s in, where guests connect; to change that: systemctl edit castrad.socket",
+		strings.Join(listen, ", "), strings.Join(at, ", "))
 }
 
 // open opens what is on disk. unlock lets another castrad have it.
@@ -231,7 +266,7 @@ func lock(dir string) (*os.File, error) {
 
 func (d *daemon) complain(problems []identity.Problem) {
 	for _, p := range problems {
-		d.log.WithField("file", p.File).Errorf("a VM's registration is not used: %s", p.Reason)
+		logging.RegistrationIgnored.On(d.log).WithField("file", p.File).Errorf("a VM's registration is not used: %s", p.Reason)
 	}
 }
 
@@ -242,17 +277,17 @@ func (d *daemon) reload() {
 	}
 	cfg, err := load(d.path)
 	if err != nil {
-		d.log.WithError(err).Error("the configuration is kept as it was")
+		logging.ConfigurationRefused.On(d.log).WithError(err).Error("the configuration is kept as it was")
 	} else {
 		d.noteRestart(cfg)
 		d.cfg = cfg
 		d.warn()
 		problems, err := d.broker.Configure(settings(cfg))
 		if err != nil {
-			d.log.WithError(err).Error("the registry of VMs is kept as it was")
+			logging.RegistrationIgnored.On(d.log).WithError(err).Error("the registry of VMs is kept as it was")
 		}
 		d.complain(problems)
-		d.log.Info("the configuration was read again")
+		logging.ConfigurationRead.On(d.log).Info("the configuration was read again")
 	}
 	d.notify("READY=1")
 }
@@ -262,8 +297,8 @@ func (d *daemon) noteRestart(cfg config.Host) {
 	b := cfg.Broker
 	b.UnknownVMs, b.GuestTopics = d.cfg.Broker.UnknownVMs, d.cfg.Broker.GuestTopics
 	b.HandshakeTimeout, b.SessionTimeout, b.ReachableWithin = d.cfg.Broker.HandshakeTimeout, d.cfg.Broker.SessionTimeout, d.cfg.Broker.ReachableWithin
-	if cfg.Store != d.cfg.Store || !reflect.DeepEqual(b, d.cfg.Broker) || cfg.Limits.MaxHandshakes != d.cfg.Limits.MaxHandshakes {
-		d.log.Warn("changes of [store], broker.listen, broker.vms_dir or limits.max_handshakes take effect at the next start: systemctl restart castrad")
+	if cfg.Store != d.cfg.Store || !reflect.DeepEqual(b, d.cfg.Broker) || cfg.Limits.MaxHandshakes != d.cfg.Limits.MaxHandshakes || cfg.Limits.UnsentBytes != d.cfg.Limits.UnsentBytes {
+		logging.ConfigurationDoubtful.On(d.log).Warn("changes of [store], broker.listen, broker.vms_dir, limits.max_handshakes or limits.unsent_bytes take effect at the next start: systemctl restart castrad")
 	}
 }
 
@@ -277,9 +312,9 @@ func (d *daemon) busState(owned bool, err error) {
 	d.mu.Unlock()
 	switch {
 	case owned:
-		d.log.Info("serving org.castra.Bus1 on the message bus")
+		logging.BusServed.On(d.log).Info("serving org.castra.Bus1 on the message bus")
 	case err != nil:
-		d.log.WithError(err).Warn("no message bus: guests are served, castractl is not; trying again in the background")
+		logging.BusUnavailable.On(d.log).WithError(err).Warn("no message bus: guests are served, castractl is not; trying again in the background")
 	}
 }
 

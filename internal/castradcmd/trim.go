@@ -3,7 +3,7 @@ package castradcmd
 import (
 	"context"
 	"runtime/debug"
-	"runtime/metrics"
+	runtimemetrics "runtime/metrics"
 	"time"
 )
 
@@ -23,12 +23,12 @@ const (
 // trim gives memory back to the system when a burst is over: the runtime by itself
 // keeps as much again as is in use, for the next burst, and for ever.
 func trim(ctx context.Context) {
-	allocated := []metrics.Sample{{Name: "/gc/heap/allocs:bytes"}}
+	allocated := []runtimemetrics.Sample{{Name: "/gc/heap/allocs:bytes"}}
 	t := time.NewTicker(trimEvery)
 	defer t.Stop()
 	var trimmed, before uint64
 	for {
-		metrics.Read(allocated)
+		runtimemetrics.Read(allocated)
 		now := allocated[0].Value.Uint64()
 		if now-before < trimQuiet && now-trimmed > trimWorth {
 			debug.FreeOSMemory()

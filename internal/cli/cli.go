@@ -53,10 +53,15 @@ func newRootCmd(f *Factory) *cobra.Command {
 		Use:   "castractl",
 		Short: "Ask and steer the Castra bus",
 		Long: `castractl shows which virtual machines are on the bus, publishes messages,
-follows the record of all of them, and registers new machines.
+follows the record of all of them, and registers new machines. In a guest the
+same commands serve, through castra-guestd.
 
-Exit codes: 0 done, 1 failed, 2 usage, 3 not reachable, 4 no such VM,
-5 castrad is not to be had.`,
+Commands that only look (status, explain, ports, logs, vm list, vm show, vm
+args, bus tail --no-follow) never start castrad and never wait for a guest.
+
+Exit codes: 0 done, 1 failed, 2 usage, 3 not reachable or not answered in time,
+4 no such VM, 5 castrad is not to be had. Errors are one line on standard
+error.`,
 		Version:           f.Version,
 		Args:              unknownCommand,
 		SilenceUsage:      true,
@@ -66,6 +71,7 @@ Exit codes: 0 done, 1 failed, 2 usage, 3 not reachable, 4 no such VM,
 		DisableFlagsInUseLine: true,
 		RunE:                  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
+	root.SetUsageTemplate(strings.ReplaceAll(root.UsageTemplate(), ".FlagUsages ", ".FlagUsagesWrapped 80 "))
 	root.SetVersionTemplate("castractl {{.Version}}\n")
 	flags := root.PersistentFlags()
 	flags.BoolVar(&f.NoPager, "no-pager", false, "never start a pager")
@@ -73,6 +79,7 @@ Exit codes: 0 done, 1 failed, 2 usage, 3 not reachable, 4 no such VM,
 	flags.BoolVarP(&f.Quiet, "quiet", "q", false, "leave out notes and hints")
 	root.AddCommand(
 		newStatusCmd(f),
+		newExplainCmd(f),
 		newWaitCmd(f),
 		newBusCmd(f),
 		newVMCmd(f),
@@ -85,7 +92,7 @@ Exit codes: 0 done, 1 failed, 2 usage, 3 not reachable, 4 no such VM,
 }
 
 // newGroup is a command that only holds others.
-func newGroup(use, short string, subs ...*cobra.Command) *cobra.Command {
+func newGroup(use, short, long string, subs ...*cobra.Command) *cobra.Command {
 	names := make([]string, len(subs))
 	for i, sub := range subs {
 		names[i] = sub.Name()
@@ -93,6 +100,7 @@ func newGroup(use, short string, subs ...*cobra.Command) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   use,
 		Short: short,
+		Long:  long,
 		Args:  unknownCommand,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return usageError(cmd, "%s needs one of: %s", cmd.CommandPath(), strings.Join(names, ", "))
@@ -110,6 +118,7 @@ func unknownCommand(cmd *cobra.Command, args []string) error {
 	if len(args) == 0 {
 		return nil
 	}
+	cmd.SuggestionsMinimumDistance = 2 // letters; cobra sets it only where it prints suggestions itself
 	if near := cmd.SuggestionsFor(args[0]); len(near) > 0 {
 		return fmt.Errorf("unknown command %q; did you mean %q?", args[0], near[0])
 	}

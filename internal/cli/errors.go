@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
+	"os"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -64,6 +66,9 @@ func explain(err error) (int, string) {
 	}
 	if refusal, ok := errors.AsType[*bus.Error](err); ok {
 		return explainRefusal(refusal, err)
+	}
+	if broken, ok := errors.AsType[*fs.PathError](err); ok && broken.Path == os.Stdout.Name() {
+		return ExitFailed, fmt.Sprintf("writing to standard output: %v; what it holds is incomplete", broken.Err)
 	}
 	if errors.Is(err, context.DeadlineExceeded) {
 		return ExitNoCastrad, "castrad did not answer in time; see what it is doing: castractl logs"

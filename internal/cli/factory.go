@@ -38,8 +38,8 @@ type Client interface {
 	// WatchVMs gives a value after any change of any VM, until ctx is done; the
 	// channel is never closed.
 	WatchVMs(ctx context.Context) (<-chan struct{}, error)
-	// SocketIdle tells whether castrad's socket listens while castrad is not running.
-	SocketIdle(ctx context.Context) bool
+	// Absence tells why castrad does not answer.
+	Absence(ctx context.Context) dbusclient.Absence
 	Close()
 }
 

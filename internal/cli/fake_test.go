@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/castrabus/castra/internal/bus"
+	"github.com/castrabus/castra/internal/dbusclient"
 )
 
 var update = flag.Bool("update", false, "write the golden files anew")
@@ -29,7 +30,7 @@ type fakeClient struct {
 	removeVM func(string) error
 	rekeyVM  func(string) ([]byte, error)
 	changed  chan struct{}
-	idle     bool
+	absence  dbusclient.Absence
 }
 
 func called[F any](c *fakeClient, name string, fn *F, set bool) F {
@@ -72,7 +73,7 @@ func (c *fakeClient) RekeyVM(_ context.Context, name string) ([]byte, error) {
 	return called(c, "RekeyVM", &c.rekeyVM, c.rekeyVM != nil)(name)
 }
 func (c *fakeClient) WatchVMs(context.Context) (<-chan struct{}, error) { return c.changed, nil }
-func (c *fakeClient) SocketIdle(context.Context) bool                   { return c.idle }
+func (c *fakeClient) Absence(context.Context) dbusclient.Absence        { return c.absence }
 func (c *fakeClient) Close()                                            {}
 
 // result is how a run of castractl ended.
@@ -150,9 +151,11 @@ func ms(seconds int64) *int64 { n := seconds * 1000; return &n }
 func testStatus() bus.Status {
 	st := bus.Status{
 		Broker: bus.Broker{
-			Kind: "host", Version: "0.1.0", State: "running", PID: 812, UptimeMS: 11_520_000,
+			Faults: []bus.Fault{},
+			Kind:   "host", Version: "0.1.0", State: "running", PID: 812, UptimeMS: 11_520_000,
 			Listen: []string{"127.0.0.1:7070"}, LogDir: "/var/log/castra", StateDir: "/var/lib/castra",
 			UnknownVMs: "reject", Sync: "always", HeadSeq: 1042, OldestSeq: 1, Sessions: 2, Registered: 4, Reachable: 2,
+			Limited: map[string]uint64{"publish_rate": 7, "max_handshakes": 1200},
 		},
 		VMs: []bus.VM{
 			{
@@ -160,7 +163,7 @@ func testStatus() bus.Status {
 				LastHandshakeAgeMS: ms(12), LastHeartbeatAgeMS: ms(3), BusSubscribed: false,
 				Session: "sess-0123456789abcdef0123456789abcdef", RemoteAddr: "127.0.0.1:40001",
 			},
-			{VM: "new1", State: "unreachable", Reason: "never-seen", Registered: true},
+			{VM: "new1", State: "unreachable", Reason: "never-seen", Registered: true, Superseded: 9, Contended: true},
 			{
 				VM: "the-name-of-a-machine-of-the-longest-sort-that-anybody-uses-0001", State: "unreachable", Reason: "silent",
 				Registered: true, LastHandshakeAgeMS: ms(3 * 86400), LastPublishAgeMS: ms(200 * 86400), LastHeartbeatAgeMS: ms(47*3600 + 59*60),

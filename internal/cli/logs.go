@@ -17,7 +17,11 @@ func newLogsCmd(f *Factory) *cobra.Command {
 		Use:   "logs [VM]",
 		Short: "Show the daemon's log, or what in it concerns one VM",
 		Long: `Run journalctl for castrad and castra-guestd; with a VM, for the entries that
-concern it. For messages see "castractl bus tail".`,
+concern it. For messages see "castractl bus tail".
+
+The exit code is journalctl's.`,
+		Example: `  castractl logs web1
+  castractl logs -f -n 20`,
 		Args:              vmArgs(0, 1),
 		ValidArgsFunction: f.completeVM,
 		RunE: func(cmd *cobra.Command, args []string) error {

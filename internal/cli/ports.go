@@ -39,7 +39,16 @@ func newPortsCmd(f *Factory) *cobra.Command {
 		Use:   "ports",
 		Short: "List the bus's listeners and the VMs' forwarded ports",
 		Long: `List the bus's own listeners and the forwarded ports of the registered VMs, as
-the host's sockets show them. castrad is not started for this.`,
+the host's sockets show them. castrad is not started for this.
+
+STATUS is broker-reserved for a listener of the bus. A forward is active when
+its VM is reachable and the host's port is open, declared when neither is so,
+inactive when one of the two is missing, and a conflict when two claim the same
+port.
+
+Exit codes: 0 done, 5 castrad is not to be had.`,
+		Example: `  castractl ports
+  castractl ports --active --json | jq -r '.ports[].host'`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return f.runPorts(cmd.Context(), active, asJSON)

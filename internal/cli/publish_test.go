@@ -71,7 +71,8 @@ func TestPublishUsage(t *testing.T) {
 		{"{", "not JSON"},
 		{"hello", "text needs its own quotes"},
 		{`{"a":1}{}`, "not JSON"},
-		{"--lines 1", "unknown flag"},
+		{"--rows 1", "unknown flag"},
+		{"--lines --id 7 1", "exclude each other"},
 	} {
 		r := run(t, &fakeClient{}, append([]string{"bus", "publish"}, strings.Fields(c.args)...))
 		r.want(t, ExitUsage, "", c.err)

@@ -5,17 +5,21 @@ import (
 	"github.com/castrabus/castra/internal/wire"
 )
 
-// remedy says how to let in a name that was turned away. The name is repeated in
-// a command only where it is a valid one: a guest must not write commands for an
-// operator to copy.
-func remedy(r *bus.Refused) string {
+// remedy says how to let in a name that was turned away, and where to do so. The
+// name is repeated in a command only where it is a valid one: a guest must not write
+// commands for an operator to copy.
+func remedy(st *bus.Status, r *bus.Refused) string {
+	on := ""
+	if st.Broker.Kind == kindGuest {
+		on = "on the host, "
+	}
 	switch {
 	case r.Reason == wire.ReasonInvalidName, r.Reason == wire.ReasonReservedIdentity, checkName(r.VM) != nil:
 		return `give the guest a valid name: castra.vm, or "vm" in /etc/castra/guestd.toml`
 	case r.Reason == wire.ReasonUnknownVM:
-		return "let it in: castractl vm add " + r.VM
+		return on + "let it in: castractl vm add " + r.VM
 	case r.Reason == wire.ReasonAuthRequired, r.Reason == wire.ReasonAuthFailed:
-		return "hand over its key, or a new one: castractl vm rekey " + r.VM
+		return on + "hand over its key, or a new one: castractl vm rekey " + r.VM
 	case r.Reason == wire.ReasonForbidden:
 		return "it asked for host rights: take host-bus out of what it says hello with"
 	case r.Reason == wire.ReasonMissingCapability:

@@ -115,18 +115,17 @@ func newWorld(env *testscript.Env) (*world, error) {
 	}
 	w := &world{dir: dir, address: "unix:path=" + filepath.Join(dir, "bus")}
 	env.Defer(func() { os.RemoveAll(dir) })
+	return w, errors.Join(w.configure(""), os.Mkdir(filepath.Join(dir, "services"), 0o755), w.start())
+}
+
+// configure writes the message bus's configuration, with a rule of its own.
+func (w *world) configure(rule string) error {
 	config := `<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
  "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
-<busconfig><listen>` + w.address + `</listen><auth>EXTERNAL</auth><servicedir>` + dir + `/services</servicedir>
-<policy context="default"><allow send_destination="*" eavesdrop="true"/><allow eavesdrop="true"/><allow own="*"/><allow user="*"/></policy>
+<busconfig><listen>` + w.address + `</listen><auth>EXTERNAL</auth><servicedir>` + w.dir + `/services</servicedir>
+<policy context="default"><allow send_destination="*" eavesdrop="true"/><allow eavesdrop="true"/><allow own="*"/><allow user="*"/>` + rule + `</policy>
 </busconfig>`
-	if err := os.WriteFile(filepath.Join(dir, "config"), []byte(config), 0o644); err != nil {
-		return nil, err
-	}
-	if err := os.Mkdir(filepath.Join(dir, "services"), 0o755); err != nil {
-		return nil, err
-	}
-	return w, w.start()
+	return os.WriteFile(filepath.Join(w.dir, "config"), []byte(config), 0o644)
 }
 
 // start runs the message bus.
@@ -188,7 +187,10 @@ func cmdCode(ts *testscript.TestScript, neg bool, args []string) {
 //	castrad record VM TOPIC PAYLOAD     a guest publishes
 //	castrad gap FROM TO
 //	castrad refuse CODE REASON          of every publish from here on
+//	castrad answer TOPIC PAYLOAD        its VM answers each request with it
+//	castrad listen ADDRESS              it says that it listens there
 //	castrad turned-away NAME REASON
+//	castrad forbid METHOD               the message bus lets nobody call it
 //	castrad asked NAME                  wait until it was asked for NAME's state
 func cmdCastrad(ts *testscript.TestScript, neg bool, args []string) {
 	w := worldOf(ts)
@@ -231,10 +233,24 @@ func cmdCastrad(ts *testscript.TestScript, neg bool, args []string) {
 		w.bus.mu.Lock()
 		w.bus.refusal = bus.Errorf(bus.Code(args[1]), "%s", args[2])
 		w.bus.mu.Unlock()
+	case "listen":
+		w.bus.mu.Lock()
+		w.bus.listen = args[1]
+		w.bus.mu.Unlock()
+	case "answer":
+		w.bus.mu.Lock()
+		w.bus.answers[args[1]] = args[2]
+		w.bus.mu.Unlock()
 	case "turned-away":
 		w.bus.mu.Lock()
 		w.bus.refused = append(w.bus.refused, bus.Refused{VM: args[1], Reason: args[2], AgeMS: 4000})
 		w.bus.mu.Unlock()
+	case "forbid":
+		ts.Check(w.configure(`<deny send_interface="` + dbusapi.ManagerInterface + `" send_member="` + args[1] + `"/>`))
+		conn, err := dbus.Connect(w.address)
+		ts.Check(err)
+		defer conn.Close()
+		ts.Check(conn.BusObject().Call("org.freedesktop.DBus.ReloadConfig", 0).Err)
 	case "asked":
 		eventually(ts, "castrad is asked for "+args[1], func() bool {
 			w.bus.mu.Lock()
@@ -246,31 +262,38 @@ func cmdCastrad(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
-// fakeSystemd tells that castrad's socket listens and castrad is inactive.
-type fakeSystemd struct{}
+// fakeSystemd tells that castrad's socket listens, and castrad's own state.
+type fakeSystemd struct{ state string }
 
 func (fakeSystemd) LoadUnit(name string) (dbus.ObjectPath, *dbus.Error) {
 	_, kind, _ := strings.Cut(name, ".")
 	return dbus.ObjectPath("/" + kind), nil
 }
 
-func (fakeSystemd) Get(m dbus.Message, _, _ string) (dbus.Variant, *dbus.Error) {
+func (s fakeSystemd) Get(m dbus.Message, _, _ string) (dbus.Variant, *dbus.Error) {
 	if m.Headers[dbus.FieldPath].Value() == dbus.ObjectPath("/socket") {
 		return dbus.MakeVariant("active"), nil
 	}
-	return dbus.MakeVariant("inactive"), nil
+	return dbus.MakeVariant(s.state), nil
 }
 
-// cmdSystemd puts such a systemd on the message bus.
-func cmdSystemd(ts *testscript.TestScript, _ bool, _ []string) {
+// cmdSystemd: systemd STATE puts on the message bus a systemd that gives castrad
+// this state.
+func cmdSystemd(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 1 {
+		ts.Fatalf("usage: systemd STATE")
+	}
 	w := worldOf(ts)
+	if w.systemd != nil {
+		w.systemd.Close()
+	}
 	conn, err := dbus.Connect(w.address)
 	ts.Check(err)
 	w.systemd = conn
 	const name = "org.freedesktop.systemd1"
-	ts.Check(conn.Export(fakeSystemd{}, "/org/freedesktop/systemd1", name+".Manager"))
+	ts.Check(conn.Export(fakeSystemd{args[0]}, "/org/freedesktop/systemd1", name+".Manager"))
 	for _, path := range []dbus.ObjectPath{"/socket", "/service"} {
-		ts.Check(conn.Export(fakeSystemd{}, path, "org.freedesktop.DBus.Properties"))
+		ts.Check(conn.Export(fakeSystemd{args[0]}, path, "org.freedesktop.DBus.Properties"))
 	}
 	_, err = conn.RequestName(name, dbus.NameFlagDoNotQueue)
 	ts.Check(err)

@@ -29,6 +29,8 @@ type scriptBus struct {
 	more     chan struct{} // closed and replaced when lines grew
 	watchers map[int]func(bus.VM, bool)
 	ids      int
+	listen   string
+	answers  map[string]string // by topic: the payload that the VM who owns it answers with
 }
 
 // scriptLine is a record or a gap; seq is the highest number it stands for.
@@ -40,7 +42,7 @@ type scriptLine struct {
 }
 
 func newScriptBus(kind string) *scriptBus {
-	return &scriptBus{kind: kind, vms: make(map[string]bus.VM), more: make(chan struct{}), watchers: make(map[int]func(bus.VM, bool))}
+	return &scriptBus{kind: kind, listen: "127.0.0.1:7070", vms: make(map[string]bus.VM), answers: make(map[string]string), more: make(chan struct{}), watchers: make(map[int]func(bus.VM, bool))}
 }
 
 func (b *scriptBus) head() uint64 {
@@ -65,7 +67,12 @@ func (b *scriptBus) Publish(_ context.Context, req bus.PublishRequest) (uint64, 
 	if b.kind == kindGuest {
 		return 0, nil
 	}
-	return b.record("host", req), nil
+	seq := b.record("host", req)
+	if answer, ok := b.answers[req.Topic]; ok && req.Reply != "" {
+		vm, _ := wire.TopicVM(req.Topic)
+		b.record(vm, bus.PublishRequest{Topic: req.Reply, Payload: []byte(answer)})
+	}
+	return seq, nil
 }
 
 // record stores a message with a fixed time; b.mu is held.
@@ -79,13 +86,16 @@ func (b *scriptBus) record(vm string, req bus.PublishRequest) uint64 {
 		ID      string          `json:"id,omitempty"`
 		Reply   string          `json:"reply,omitempty"`
 		Payload json.RawMessage `json:"payload"`
-	}{seq, testNow().Add(time.Duration(seq) * time.Millisecond), vm, req.Topic, req.ID, req.Reply, req.Payload})
+	}{seq, timeOf(seq), vm, req.Topic, req.ID, req.Reply, req.Payload})
 	if err != nil {
 		panic(err)
 	}
 	b.append(scriptLine{seq, req.Topic, vm, append(text, '\n')})
 	return seq
 }
+
+// timeOf is when the record of a number was stored.
+func timeOf(seq uint64) time.Time { return testNow().Add(time.Duration(seq) * time.Millisecond) }
 
 func (b *scriptBus) gap(from, to uint64) {
 	b.mu.Lock()
@@ -111,6 +121,9 @@ func (b *scriptBus) WaitAck(ctx context.Context, seq uint64) (string, error) {
 }
 
 func (b *scriptBus) wants(req *bus.TailRequest, line *scriptLine) bool {
+	if !req.Until.IsZero() && timeOf(line.seq).After(req.Until) {
+		return false
+	}
 	if line.topic == "" {
 		return true // a gap
 	}
@@ -129,6 +142,11 @@ func (b *scriptBus) Tail(ctx context.Context, req bus.TailRequest, w io.Writer) 
 	switch {
 	case req.All:
 		next = 0
+	case !req.Since.IsZero():
+		next = slices.IndexFunc(b.lines, func(l scriptLine) bool { return !timeOf(l.seq).Before(req.Since) })
+		if next < 0 {
+			next = len(b.lines)
+		}
 	case req.From > 0:
 		next = slices.IndexFunc(b.lines, func(l scriptLine) bool { return l.seq >= req.From })
 		if next < 0 {
@@ -174,7 +192,8 @@ func (b *scriptBus) Status(names []string) bus.Status {
 	}
 	st := bus.Status{
 		Broker: bus.Broker{
-			Kind: b.kind, Version: "0.1.0", State: "running", PID: 1, UptimeMS: 61_000, Listen: []string{"127.0.0.1:7070"},
+			Faults: []bus.Fault{},
+			Kind:   b.kind, Version: "0.1.0", State: "running", PID: 1, UptimeMS: 61_000, Listen: []string{b.listen},
 			LogDir: "/var/log/castra", StateDir: "/var/lib/castra", UnknownVMs: "reject", Sync: "always", HeadSeq: b.head(),
 		},
 		VMs:     []bus.VM{},
@@ -211,6 +230,11 @@ func (b *scriptBus) set(name, state string) {
 	vm.State, vm.Reachable, vm.BusSubscribed, vm.Subscriptions = state, state != "unreachable", state == "subscribed", []string{}
 	if vm.BusSubscribed {
 		vm.State, vm.Subscriptions = "reachable", []string{"broadcast", "vm:" + name}
+	}
+	vm.Session, vm.RemoteAddr, vm.Reason = "", "", ""
+	if vm.Reachable {
+		vm.Session, vm.RemoteAddr = "sess-0123456789abcdef0123456789abcdef", "127.0.0.1:40001"
+		vm.LastHandshakeAgeMS, vm.LastHeartbeatAgeMS, vm.Capabilities = ms(60), ms(3), []string{wire.CapBus}
 	}
 	b.vms[name] = vm
 	watchers := slices.Collect(maps.Values(b.watchers))

@@ -5,8 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
+	"slices"
 	"strings"
-	"time"
 
 	"github.com/spf13/cobra"
 
@@ -21,8 +22,15 @@ func newStatusCmd(f *Factory) *cobra.Command {
 		Short: "Show the bus, its VMs and who was turned away",
 		Long: `Show the state of the bus and of the VMs on it, all of them or the named ones.
 
-With names, the exit code is 3 if one of them is not reachable, and 4 if one of
-them is not known. castrad is not started for this.`,
+Names that were turned away in the last hour are shown with the command that
+lets them in. castrad is not started for this, and no guest is waited for.
+
+Exit codes: 0 done, also when castrad is idle and its socket listens; with
+names, 3 when one of them is not reachable and 4 when one is not known; 5 when
+castrad is not to be had.`,
+		Example: `  castractl status
+  castractl status web1 && echo "web1 is there"
+  castractl status --json | jq -r '.vms[] | select(.reachable | not) | .vm'`,
 		Args:              vmArgs(0, 0),
 		ValidArgsFunction: f.completeVMs,
 		RunE: func(cmd *cobra.Command, names []string) error {
@@ -36,12 +44,12 @@ them is not known. castrad is not started for this.`,
 func (f *Factory) runStatus(ctx context.Context, names []string, asJSON bool) error {
 	st, err := f.status(ctx, NoStart, names)
 	idle := false
-	if errors.Is(err, dbusclient.ErrNotRunning) && f.socketIdle(ctx) {
-		// The first guest or the first publish starts castrad: nothing is wrong.
-		st, err, idle = idleStatus(), nil, true
-	}
 	if err != nil {
-		return err
+		if f.absence(ctx, err) != dbusclient.Idle {
+			return f.absent(ctx, err)
+		}
+		// The first guest or the first publish starts castrad: nothing is wrong.
+		st, idle = idleStatus(), true
 	}
 	switch {
 	case asJSON:
@@ -75,25 +83,43 @@ func judge(st *bus.Status, names []string, idle bool) error {
 	case len(unknown) > 0:
 		return errNoSuchVM(unknown...)
 	case len(away) > 0:
-		return exitf(ExitUnreachable, "not reachable: %s; wait for it: castractl wait %s", strings.Join(away, ", "), strings.Join(away, " "))
+		return exitf(ExitUnreachable, "not reachable: %s; see why: castractl explain %s", strings.Join(away, ", "), away[0])
 	}
 	return nil
 }
 
-func (f *Factory) socketIdle(ctx context.Context) bool {
-	client, err := f.Client(ctx, NoStart)
-	if err != nil {
-		return false
+// absence tells why castrad did not answer; "" where err is of another kind.
+func (f *Factory) absence(ctx context.Context, err error) dbusclient.Absence {
+	if !errors.Is(err, dbusclient.ErrNotRunning) {
+		return ""
+	}
+	client, cerr := f.Client(ctx, NoStart)
+	if cerr != nil {
+		return dbusclient.Stopped
 	}
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
-	return client.SocketIdle(ctx)
+	return client.Absence(ctx)
+}
+
+// absent says what castrad's absence means for a command that needs its answer and
+// may not start it. Other errors stay as they are.
+func (f *Factory) absent(ctx context.Context, err error) error {
+	switch f.absence(ctx, err) {
+	case dbusclient.Idle:
+		return exitf(ExitNoCastrad, "castrad is idle, nobody has connected to its socket yet; start it: systemctl start castrad")
+	case dbusclient.Starting:
+		return exitf(ExitNoCastrad, "castrad is starting; try again in a moment, or see what it does: castractl logs -f")
+	case dbusclient.Failed:
+		return exitf(ExitNoCastrad, "castrad has failed; see why: castractl logs, and start it again: systemctl start castrad")
+	}
+	return err
 }
 
 // idleStatus is what is true of a bus whose daemon has not been needed yet.
 func idleStatus() bus.Status {
 	return bus.Status{
-		Broker:  bus.Broker{Kind: "host", State: "idle", Listen: []string{}},
+		Broker:  bus.Broker{Kind: "host", State: "idle", Listen: []string{}, Faults: []bus.Fault{}, Limited: map[string]uint64{}},
 		VMs:     []bus.VM{},
 		Refused: []bus.Refused{},
 	}
@@ -119,7 +145,7 @@ func (f *Factory) writeStatus(w io.Writer, st *bus.Status, named bool) error {
 	if named {
 		return nil
 	}
-	return f.writeRefused(w, st.Refused)
+	return f.writeRefused(w, st)
 }
 
 const kindGuest = "guest"
@@ -129,7 +155,7 @@ func (f *Factory) writeBroker(w io.Writer, b *bus.Broker) error {
 	if b.Kind == kindGuest {
 		name = "castra-guestd"
 	}
-	up := shortSpan(time.Duration(b.UptimeMS) * time.Millisecond)
+	up := spanMS(b.UptimeMS)
 	var lines strings.Builder
 	fmt.Fprintf(&lines, "%s %s: %s, up %s\n", name, escape(b.Version), f.IO.paint(stateStyle(b.State), escape(b.State)), up)
 	if b.Kind == kindGuest {
@@ -138,16 +164,51 @@ func (f *Factory) writeBroker(w io.Writer, b *bus.Broker) error {
 		} else {
 			fmt.Fprintf(&lines, "not connected; the host is looked for at %s\n", escape(strings.Join(b.Listen, ", ")))
 		}
-		if b.SpoolCount > 0 {
-			fmt.Fprintf(&lines, "%d messages (%d bytes) kept until the host has them\n", b.SpoolCount, b.SpoolBytes)
-		}
+		lines.WriteString(f.spoolLine(b))
 	} else {
 		fmt.Fprintf(&lines, "VMs reachable: %d, registered: %d, sessions: %d, newest record: %d\n", b.Reachable, b.Registered, b.Sessions, b.HeadSeq)
+		if len(b.Limited) > 0 {
+			fmt.Fprintf(&lines, "%s %s\n", f.IO.paint(yellow, "limits reached:"), escape(reached(b.Limited)))
+		}
 		fmt.Fprintf(&lines, "listening on %s, records in %s\n", escape(strings.Join(b.Listen, ", ")), escape(b.LogDir))
+	}
+	for _, fault := range b.Faults {
+		f.writeFault(&lines, &fault)
 	}
 	lines.WriteByte('\n')
 	_, err := io.WriteString(w, lines.String())
 	return err
+}
+
+// writeFault says what is wrong, what that means, and what to do next.
+func (f *Factory) writeFault(lines *strings.Builder, fault *bus.Fault) {
+	since := spanMS(fault.AgeMS)
+	fmt.Fprintf(lines, "%s: %s, since %s\n", f.IO.paint(bold, escape(fault.Part)), f.IO.paint(red, escape(fault.Cause)), since)
+	fmt.Fprintf(lines, "      error:  %s\n", escape(fault.Detail))
+	fmt.Fprintf(lines, "      effect: %s\n", escape(fault.Effect))
+	if !f.Quiet {
+		fmt.Fprintf(lines, "      mend:   %s\n", escape(fault.Advice))
+	}
+}
+
+// spoolLine says what a guest keeps for the host, and whether it would survive the
+// guest.
+func (f *Factory) spoolLine(b *bus.Broker) string {
+	text := fmt.Sprintf("spool: %d messages (%d bytes) kept until the host has them, ", b.SpoolCount, b.SpoolBytes)
+	if b.SpoolCount == 0 {
+		text = "spool: empty, "
+	}
+	durable := b.SpoolDurable != nil && *b.SpoolDurable
+	switch {
+	case durable && b.SpoolReason == "":
+		return text + "on disk\n"
+	case durable:
+		return text + "on disk, which takes no more: " + f.IO.paint(red, escape(b.SpoolReason)) + "\n"
+	case b.SpoolReason != "":
+		return text + f.IO.paint(yellow, "not durable") + ", " + escape(b.SpoolReason) + "\n"
+	default:
+		return text + f.IO.paint(yellow, "not durable") + "\n"
+	}
 }
 
 // stateStyle marks a daemon's state by its first word: what follows is a reason.
@@ -159,6 +220,15 @@ func stateStyle(state string) style {
 		return red
 	}
 	return yellow
+}
+
+// reached lists how often each limit was reached, in the order of their names.
+func reached(limited map[string]uint64) string {
+	var all []string
+	for _, name := range slices.Sorted(maps.Keys(limited)) {
+		all = append(all, fmt.Sprintf("%s %d times", name, limited[name]))
+	}
+	return strings.Join(all, ", ")
 }
 
 func (f *Factory) writeVMs(w io.Writer, vms []bus.VM) error {
@@ -183,11 +253,31 @@ func (f *Factory) writeVMs(w io.Writer, vms []bus.VM) error {
 	if err := t.write(w, &f.IO, !f.NoLegend); err != nil {
 		return err
 	}
-	if f.NoLegend {
-		return nil
+	var lines strings.Builder
+	if !f.NoLegend {
+		fmt.Fprintln(&lines, f.IO.paint(faint, "HANDSHAKE, PUBLISH, HEARTBEAT: time since the last one, - if there was none."))
 	}
-	_, err := fmt.Fprint(w, f.IO.paint(faint, "HANDSHAKE, PUBLISH, HEARTBEAT: time since the last one, - if there was none."), "\n")
+	f.addContended(&lines, vms)
+	_, err := io.WriteString(w, lines.String())
 	return err
+}
+
+// addContended names the VMs that are more than one guest.
+func (f *Factory) addContended(lines *strings.Builder, vms []bus.VM) {
+	first := !f.NoLegend
+	for _, vm := range vms {
+		if !vm.Contended {
+			continue
+		}
+		if first {
+			lines.WriteString("\nTwo guests, as clones do, keep replacing each other as\n")
+			first = false
+		}
+		fmt.Fprintf(lines, "  %s  %d times\n", f.IO.paint(bold, escape(vm.VM)), vm.Superseded)
+		if !f.Quiet {
+			lines.WriteString("      give one of them a name and a key of its own: castractl vm add NAME\n")
+		}
+	}
 }
 
 func vmStyle(vm *bus.VM) style {
@@ -198,19 +288,18 @@ func vmStyle(vm *bus.VM) style {
 }
 
 // writeRefused lists who was turned away, and below each what lets it in.
-func (f *Factory) writeRefused(w io.Writer, refused []bus.Refused) error {
-	if len(refused) == 0 {
+func (f *Factory) writeRefused(w io.Writer, st *bus.Status) error {
+	if len(st.Refused) == 0 {
 		return nil
 	}
 	var lines strings.Builder
 	if !f.NoLegend {
 		lines.WriteString("\nTurned away in the last hour:\n")
 	}
-	for _, r := range refused {
-		ago := shortSpan(time.Duration(r.AgeMS) * time.Millisecond)
-		fmt.Fprintf(&lines, "  %s  %s, %s ago\n", f.IO.paint(bold, escape(r.VM)), f.IO.paint(yellow, escape(r.Reason)), ago)
+	for _, r := range st.Refused {
+		fmt.Fprintf(&lines, "  %s  %s, %s ago\n", f.IO.paint(bold, escape(r.VM)), f.IO.paint(yellow, escape(r.Reason)), spanMS(r.AgeMS))
 		if !f.Quiet {
-			fmt.Fprintf(&lines, "      %s\n", remedy(&r))
+			fmt.Fprintf(&lines, "      %s\n", remedy(st, &r))
 		}
 	}
 	_, err := io.WriteString(w, lines.String())

@@ -2,6 +2,8 @@ package cli
 
 import (
 	"encoding/json"
+	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"unicode/utf8"
@@ -55,10 +57,36 @@ func TestStatusGuest(t *testing.T) {
 		b.Kind, b.Version, b.Listen, b.UptimeMS = "guest", "0.1.0", []string{"10.0.2.2:7070"}, 5_000
 		return &fakeClient{status: func([]string) (bus.Status, error) { return bus.Status{Broker: b}, nil }}
 	}
+	durable := true
 	r := run(t, guest(bus.Broker{State: "running", ConnectedTo: "10.0.2.2:7070"}), []string{"status"})
-	r.want(t, 0, "castra-guestd 0.1.0: running, up 5s\nconnected to 10.0.2.2:7070\n", "")
-	r = run(t, guest(bus.Broker{State: "refused: unknown-vm", SpoolCount: 3, SpoolBytes: 300}), []string{"status"})
-	r.want(t, 0, "not connected; the host is looked for at 10.0.2.2:7070\n3 messages (300 bytes) kept", "")
+	r.want(t, 0, "castra-guestd 0.1.0: running, up 5s\nconnected to 10.0.2.2:7070\nspool: empty, not durable\n", "")
+	r = run(t, guest(bus.Broker{State: "refused: unknown-vm", SpoolCount: 3, SpoolBytes: 300, SpoolDurable: &durable}), []string{"status"})
+	r.want(t, 0, "not connected; the host is looked for at 10.0.2.2:7070\nspool: 3 messages (300 bytes) kept until the host has them, on disk\n", "")
+	r = run(t, guest(bus.Broker{State: "connecting", SpoolDurable: &durable, SpoolReason: "disk full"}), []string{"status"})
+	r.want(t, 0, "spool: empty, on disk, which takes no more: disk full\n", "")
+	r = run(t, guest(bus.Broker{State: "connecting", SpoolReason: "in memory: spool_dir is empty"}), []string{"status"})
+	r.want(t, 0, "spool: empty, not durable, in memory: spool_dir is empty\n", "")
+}
+
+func TestStatusDegraded(t *testing.T) {
+	broken := &fakeClient{status: func([]string) (bus.Status, error) {
+		return bus.Status{Broker: bus.Broker{Kind: "host", Version: "0.1.0", State: "degraded: disk full", Faults: []bus.Fault{
+			{Part: "event-log", Cause: "disk full", Effect: "publishes are refused", Detail: "write /log/1: no \x1b space", Advice: "make room on /log", AgeMS: 61_000},
+			{Part: "vm-streams", Cause: "disk error", Effect: "they wait", Detail: "EIO", Advice: "look at dmesg"},
+		}}}, nil
+	}}
+	run(t, broken, []string{"status"}).want(t, 0, "castrad 0.1.0: degraded: disk full, up 0s\n", "")
+	run(t, broken, []string{"status"}).want(t, 0, `event-log: disk full, since 1min
+      error:  write /log/1: no \u001b space
+      effect: publishes are refused
+      mend:   make room on /log
+vm-streams: disk error, since 0s
+      error:  EIO
+      effect: they wait
+      mend:   look at dmesg
+
+`, "")
+	run(t, broken, []string{"status", "--json"}).want(t, 0, `"faults":[{"part":"event-log","cause":"disk full","effect":"publishes are refused",`, "")
 }
 
 func TestStatusExitCodes(t *testing.T) {
@@ -69,7 +97,7 @@ func TestStatusExitCodes(t *testing.T) {
 	}{
 		{[]string{"status", "web1"}, ExitDone, ""},
 		{[]string{"status", "web1", "db1"}, ExitDone, ""},
-		{[]string{"status", "web1", "new1"}, ExitUnreachable, "not reachable: new1; wait for it: castractl wait new1"},
+		{[]string{"status", "web1", "new1"}, ExitUnreachable, "not reachable: new1; see why: castractl explain new1"},
 		{[]string{"status", "web1", "--json", "new1"}, ExitUnreachable, "new1"},
 		{[]string{"status", "nobody", "new1"}, ExitNoSuchVM, "no VM is named nobody"},
 		{[]string{"status", "x y"}, ExitUsage, "no VM name"},
@@ -86,17 +114,17 @@ func TestStatusExitCodes(t *testing.T) {
 }
 
 func TestStatusWithoutCastrad(t *testing.T) {
-	gone := func(idle bool) *fakeClient {
-		return &fakeClient{idle: idle, status: func([]string) (bus.Status, error) { return bus.Status{}, dbusclient.ErrNotRunning }}
+	gone := func(absence dbusclient.Absence) *fakeClient {
+		return &fakeClient{absence: absence, status: func([]string) (bus.Status, error) { return bus.Status{}, dbusclient.ErrNotRunning }}
 	}
-	run(t, gone(true), []string{"status"}).want(t, ExitDone, "castrad is idle", "")
-	run(t, gone(true), []string{"status", "web1"}).want(t, ExitUnreachable, "castrad is idle", "not reachable: web1")
-	run(t, gone(false), []string{"status"}).want(t, ExitNoCastrad, "", "daemon not running")
-	run(t, gone(false), []string{"status", "--json"}).want(t, ExitNoCastrad, "", "daemon not running")
-	run(t, gone(true), []string{"vm", "list"}).want(t, ExitNoCastrad, "", "castrad is idle")
-	run(t, gone(true), []string{"ports"}).want(t, ExitNoCastrad, "", "castrad is idle")
+	run(t, gone(dbusclient.Idle), []string{"status"}).want(t, ExitDone, "castrad is idle", "")
+	run(t, gone(dbusclient.Idle), []string{"status", "web1"}).want(t, ExitUnreachable, "castrad is idle", "not reachable: web1")
+	run(t, gone(dbusclient.Stopped), []string{"status"}).want(t, ExitNoCastrad, "", "daemon not running")
+	run(t, gone(dbusclient.Stopped), []string{"status", "--json"}).want(t, ExitNoCastrad, "", "daemon not running")
+	run(t, gone(dbusclient.Idle), []string{"vm", "list"}).want(t, ExitNoCastrad, "", "castrad is idle")
+	run(t, gone(dbusclient.Idle), []string{"ports"}).want(t, ExitNoCastrad, "", "castrad is idle")
 
-	r := run(t, gone(true), []string{"status", "--json"})
+	r := run(t, gone(dbusclient.Idle), []string{"status", "--json"})
 	var got struct {
 		Broker  struct{ State string }
 		VMs     []any
@@ -122,9 +150,42 @@ func TestRemedies(t *testing.T) {
 		{"$(reboot)", "unknown-vm", "valid name"},
 		{"127.0.0.1:4711", "protocol-error", "valid name"},
 	} {
-		got := remedy(&bus.Refused{VM: c.vm, Reason: c.reason})
+		got := remedy(&bus.Status{}, &bus.Refused{VM: c.vm, Reason: c.reason})
 		if !strings.Contains(got, c.want) {
 			t.Errorf("%s for %s: %q, want %q in it", c.reason, c.vm, got, c.want)
+		}
+	}
+}
+
+// A hundred VMs with the longest of names and sixteen subscriptions each still fit 80
+// columns, a line each, and no two look alike.
+func TestStatusOfAHundred(t *testing.T) {
+	c := &fakeClient{status: func([]string) (bus.Status, error) {
+		st := testStatus()
+		vm := st.VMs[0]
+		vm.Subscriptions = slices.Repeat([]string{"a.long.topic.of.some.kind"}, 16)
+		vm.Forwards = slices.Repeat([]string{"tcp:10000:22"}, 16)
+		vm.LastHandshakeAgeMS, vm.LastPublishAgeMS = ms(99*86400), ms(47*3600+59*60)
+		st.VMs, st.Refused = nil, nil
+		for i := range 100 {
+			vm.VM = strings.Repeat("frontend-", 13) + fmt.Sprintf("%03d", i)
+			st.VMs = append(st.VMs, vm)
+		}
+		return st, nil
+	}}
+	for _, args := range [][]string{{"status"}, {"vm", "list"}, {"ports"}} {
+		r := run(t, c, append(args, "--no-legend", "--no-pager"), func(f *Factory) { f.IO.Terminal, f.IO.Width = true, 80 })
+		rows := make(map[string]bool)
+		for line := range strings.Lines(r.out) {
+			if n := utf8.RuneCountInString(strings.TrimSuffix(line, "\n")); n > 80 {
+				t.Errorf("%v: %d columns: %s", args, n, line)
+			}
+			if name, _, _ := strings.Cut(line, " "); strings.HasPrefix(line, "front") {
+				rows[name] = true
+			}
+		}
+		if len(rows) != 100 {
+			t.Errorf("%v: %d VMs can be told apart, of 100", args, len(rows))
 		}
 	}
 }

@@ -17,7 +17,7 @@ type tailOptions struct {
 	topics       []string
 	vm           string
 	lines        string
-	from         uint64
+	from         seqFlag
 	since, until string
 	cursorFile   string
 	follow, once bool
@@ -31,10 +31,24 @@ func newTailCmd(f *Factory) *cobra.Command {
 		Short: "Show the record, and follow it",
 		Long: `Show the last 10 records and follow with what is new, until Ctrl-C.
 
-T is a moment: "2006-01-02 15:04:05", RFC 3339, today, yesterday, now, -5min or
-"5min ago". Patterns: dots separate tokens, * is one token, a final > the rest.`,
+T is a moment, as journalctl takes it: "2006-01-02 15:04:05", RFC 3339, today,
+yesterday, now, -5min, "5min ago" or @SECONDS. In a pattern dots separate
+tokens, * is one token and a final > the rest; neither matches a vm: or castra.
+topic unless that beginning is spelled out.
+
+Formats: short is a line for people; cat the payload alone; json an object a
+line; json-pretty the same, indented. Records that are gone are a line of their
+own: a gap, in json {"type":"gap","from":N,"to":M}, with cat on standard error.
+
+A following tail outlives a restart of castrad and goes on where it was. With
+--no-follow castrad is not started, and with --cursor-file each run shows what
+the one before has not.
+
+Exit codes: 0 at the end, also by Ctrl-C or when the reader has gone; 1 when it
+failed, 5 when castrad is not to be had.`,
 		Example: `  castractl bus tail --vm web1
   castractl bus tail --topic 'orders.*' --since -1h -o json | jq .payload
+  castractl bus tail --since yesterday --until today
   castractl bus tail --no-follow --cursor-file seen -o json`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -49,17 +63,33 @@ T is a moment: "2006-01-02 15:04:05", RFC 3339, today, yesterday, now, -5min or
 	flags.StringVar(&o.vm, "vm", "", "only what this VM published and what was sent to vm:`NAME`; host: what the host published")
 	flags.StringArrayVar(&o.topics, "topic", nil, "only topics that match `PATTERN`; may be repeated")
 	flags.StringVarP(&o.lines, "lines", "n", "10", "begin with the last `N` records, or with \"all\"")
-	flags.Uint64Var(&o.from, "from", 0, "begin with the record of number `SEQ`")
+	flags.Var(&o.from, "from", "begin with the record of number `SEQ`")
 	flags.StringVar(&o.since, "since", "", "begin with the first record at or after `T`")
 	flags.StringVar(&o.until, "until", "", "leave out records after `T`, and end there")
 	flags.StringVar(&o.cursorFile, "cursor-file", "", "begin after the record noted in `FILE`, if there is one, and note the last one shown")
 	flags.BoolVarP(&o.follow, "follow", "f", true, "go on with new records")
 	flags.BoolVar(&o.once, "no-follow", false, "end at the newest record")
 	flags.StringVarP(&o.format, "output", "o", "short", "`FORMAT`: short, cat, json or json-pretty")
+	flags.Lookup("from").DefValue = ""
 	_ = cmd.RegisterFlagCompletionFunc("vm", f.completeVM)
+	_ = cmd.RegisterFlagCompletionFunc("topic", f.completePattern)
 	_ = cmd.RegisterFlagCompletionFunc("output", cobra.FixedCompletions(formats, cobra.ShellCompDirectiveNoFileComp))
 	return cmd
 }
+
+// seqFlag is a flag that takes a record's number.
+type seqFlag uint64
+
+func (n *seqFlag) Set(s string) error {
+	seq, err := strconv.ParseUint(s, 10, 64)
+	if err != nil || seq == 0 {
+		return errors.New("no record's number; they count from 1, and -n begins with the last ones")
+	}
+	*n = seqFlag(seq)
+	return nil
+}
+func (n *seqFlag) String() string { return strconv.FormatUint(uint64(*n), 10) }
+func (n *seqFlag) Type() string   { return "SEQ" }
 
 // request turns the flags into what the bus is asked for.
 func (o *tailOptions) request(cmd *cobra.Command, now time.Time) (bus.TailRequest, error) {
@@ -104,10 +134,7 @@ func (o *tailOptions) begin(cmd *cobra.Command, req *bus.TailRequest, now time.T
 	flags := cmd.Flags()
 	switch {
 	case flags.Changed("from"):
-		if o.from == 0 {
-			return usageError(cmd, "--from: records count from 1")
-		}
-		req.From = o.from
+		req.From = uint64(o.from)
 	case flags.Changed("since"):
 		since, err := parseMoment(o.since, now)
 		if err != nil {
@@ -148,6 +175,9 @@ func (f *Factory) runTail(ctx context.Context, o *tailOptions, req bus.TailReque
 	}
 	if errors.Is(err, context.Canceled) {
 		return nil
+	}
+	if !req.Follow { // castrad was not to be started, and it is said why it is not there
+		return f.absent(context.WithoutCancel(ctx), err)
 	}
 	return err
 }

@@ -184,8 +184,11 @@ func age(ms *int64) string {
 	if ms == nil {
 		return "-"
 	}
-	return shortSpan(time.Duration(*ms) * time.Millisecond)
+	return spanMS(*ms)
 }
+
+// spanMS writes milliseconds of the status as a span.
+func spanMS(ms int64) string { return shortSpan(time.Duration(ms) * time.Millisecond) }
 
 // shortSpan writes a span with its two largest units.
 func shortSpan(d time.Duration) string {

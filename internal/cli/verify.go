@@ -30,7 +30,8 @@ func newVerifyCmd(f *Factory) *cobra.Command {
 damaged where, and how. Nothing is changed; castrad may run meanwhile, and is
 not started for this.
 
-Exit code 1 on damage, 0 without. Lines that begin with "note:" are no damage.`,
+Exit codes: 1 on damage, 0 without. Lines that begin with "note:" are no
+damage.`,
 		Example: `  castractl bus verify
   castractl bus verify --log-dir /mnt/backup/castra --json`,
 		Args: noArgs,

@@ -2,7 +2,6 @@ package cli
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"slices"
@@ -12,19 +11,25 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/castrabus/castra/internal/bus"
-	"github.com/castrabus/castra/internal/dbusclient"
 )
 
 func newVMCmd(f *Factory) *cobra.Command {
 	return newGroup("vm", "Register VMs and hand over their keys",
+		`A VM is let in when its name is registered, and with a key it must prove the
+name. Name and key reach the guest through QEMU's arguments.`,
 		newVMAddCmd(f), newVMRemoveCmd(f), newVMListCmd(f), newVMShowCmd(f), newVMRekeyCmd(f), newVMArgsCmd(f))
 }
 
 func newVMRemoveCmd(f *Factory) *cobra.Command {
 	var asJSON bool
 	cmd := &cobra.Command{
-		Use:               "remove NAME",
-		Short:             "Take a VM's registration and key away",
+		Use:   "remove NAME",
+		Short: "Take a VM's registration and key away",
+		Long: `Take a VM's registration and key away. Its session ends at once, and it is
+turned away when it comes back; its records stay until they expire.
+
+Exit codes: 0 done, 4 no such VM, 5 castrad is not to be had.`,
+		Example:           `  castractl vm remove web1`,
 		Args:              vmArgs(1, 1),
 		ValidArgsFunction: f.completeVM,
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -53,7 +58,13 @@ func newVMListCmd(f *Factory) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "list",
 		Short: "List the VMs that castrad knows",
-		Args:  noArgs,
+		Long: `List the VMs that are registered, and those that were let in unregistered.
+castrad is not started for this.
+
+Exit codes: 0 done, 5 castrad is not to be had.`,
+		Example: `  castractl vm list
+  castractl vm list --no-legend | awk '{print $1}'`,
+		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			st, err := f.lookUp(cmd.Context(), nil)
 			if err != nil {
@@ -99,8 +110,14 @@ func yesNo(yes bool) string {
 func newVMShowCmd(f *Factory) *cobra.Command {
 	var asJSON bool
 	cmd := &cobra.Command{
-		Use:               "show NAME",
-		Short:             "Show all that castrad knows about a VM",
+		Use:   "show NAME",
+		Short: "Show all that castrad knows about a VM",
+		Long: `Show all that castrad knows about a VM, a line each. castrad is not started for
+this.
+
+Exit codes: 0 done, 4 no such VM, 5 castrad is not to be had.`,
+		Example: `  castractl vm show web1
+  castractl vm show web1 --json | jq .vms[0].lag`,
 		Args:              vmArgs(1, 1),
 		ValidArgsFunction: f.completeVM,
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -131,6 +148,10 @@ func writeVM(w io.Writer, vm *bus.VM) error {
 		return age(ms) + " ago"
 	}
 	number := func(n uint64) string { return strconv.FormatUint(n, 10) }
+	limited := number(vm.RateLimited)
+	if vm.LastLimitedAgeMS != nil {
+		limited += ", the last " + age(vm.LastLimitedAgeMS) + " ago"
+	}
 	var b strings.Builder
 	for _, row := range [][2]string{
 		{"VM", vm.VM},
@@ -146,7 +167,8 @@ func writeVM(w io.Writer, vm *bus.VM) error {
 		{"Subscriptions", strings.Join(vm.Subscriptions, " ")},
 		{"Lag", number(vm.Lag)},
 		{"Published", number(vm.Published)},
-		{"Rate limited", number(vm.RateLimited)},
+		{"Rate limited", limited},
+		{"Superseded", superseded(vm)},
 		{"Forwards", strings.Join(vm.Forwards, " ")},
 	} {
 		value := escape(row[1])
@@ -159,12 +181,20 @@ func writeVM(w io.Writer, vm *bus.VM) error {
 	return err
 }
 
+func superseded(vm *bus.VM) string {
+	text := strconv.FormatUint(vm.Superseded, 10)
+	if vm.Contended {
+		text += " (two guests have this identity and keep replacing each other)"
+	}
+	return text
+}
+
 // lookUp asks for the state of VMs without starting castrad; a name that is not
 // known is an error.
 func (f *Factory) lookUp(ctx context.Context, names []string) (bus.Status, error) {
 	st, err := f.status(ctx, NoStart, names)
 	if err != nil {
-		return st, f.idleHint(ctx, err)
+		return st, f.absent(ctx, err)
 	}
 	for _, name := range names {
 		if findVM(&st, name) == nil {
@@ -181,13 +211,4 @@ func findVM(st *bus.Status, name string) *bus.VM {
 		return nil
 	}
 	return &st.VMs[i]
-}
-
-// idleHint says what an idle castrad means for a command that needs its answer
-// and may not start it.
-func (f *Factory) idleHint(ctx context.Context, err error) error {
-	if errors.Is(err, dbusclient.ErrNotRunning) && f.socketIdle(ctx) {
-		return exitf(ExitNoCastrad, "castrad is idle, nobody has connected to its socket yet; start it: systemctl start castrad")
-	}
-	return err
 }

@@ -25,9 +25,32 @@ func newVMAddCmd(f *Factory) *cobra.Command {
 		Short: "Register VMs and write the keys they prove themselves with",
 		Long: `Register VMs. Each gets a key of its own; the guest's copy is written to
 NAME.castra-key here, readable by you alone, and the QEMU arguments that hand
-over name and key are printed. The key itself is never printed.`,
+over name and key are printed. The key itself is never printed, and a key file
+that is there is never overwritten.
+
+With --if-missing a VM that is registered is left as it is, and its arguments
+are printed all the same: a launch script may run it each time.
+
+In a libvirt domain the same arguments stand below xmlns:qemu:
+
+  <domain type='kvm' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
+    …
+    <qemu:commandline>
+      <qemu:arg value='-smbios'/>
+      <qemu:arg value='type=11,value=io.systemd.credential:castra.vm=NAME'/>
+      <qemu:arg value='-smbios'/>
+      <qemu:arg value='type=11,path=/PATH/NAME.castra-key'/>
+    </qemu:commandline>
+  </domain>
+
+The key's file must be readable by the user that libvirt runs QEMU as, and by
+nobody else; <oemStrings> would put the key into the process list.
+
+Exit codes: 0 done; 1 when a name is registered already or a key could not be
+written: that name is not registered then; 5 castrad is not to be had.`,
 		Example: `  castractl vm add web1
-  qemu-system-x86_64 … $(castractl vm args web1)`,
+  castractl vm add --no-key --forward tcp:2222:22 old1
+  castractl vm add -q --if-missing web1 --key-out /etc/vms/web1.key`,
 		Args: vmArgs(1, 0),
 		RunE: func(cmd *cobra.Command, names []string) error {
 			if err := exclusive(cmd, "no-key", "key-out"); err != nil {
@@ -107,13 +130,13 @@ func (f *Factory) addVM(ctx context.Context, o *addOptions, name string) (handov
 	case !created: // somebody else was faster, and --if-missing is content with that
 		return existing(&bus.VM{VM: name, Keyed: !o.noKey}, o.keyOut), nil
 	case file == nil:
-		f.note("%s is registered, without a key; start it with:", name)
+		f.note("%s is registered, without a key; start it with (libvirt: vm add --help):", name)
 	default:
 		if err := file.write(key); err != nil {
 			return h, f.undoAdd(ctx, client, name, err)
 		}
 		h.KeyFile = file.path
-		f.note("%s is registered, its key is in %s; start it with:", name, file.path)
+		f.note("%s is registered, its key is in %s; start it with (libvirt: vm add --help):", name, file.path)
 	}
 	h.Created = true
 	return h, nil

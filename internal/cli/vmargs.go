@@ -95,8 +95,12 @@ func newVMArgsCmd(f *Factory) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "args NAME",
 		Short: "Print the QEMU arguments that hand over a VM's name and key",
-		Long: `Print the QEMU arguments that hand over a VM's name and, if it has one, its key,
-on one line for a launch script. castrad is not started for this.`,
+		Long: `Print the QEMU arguments that hand over a VM's name and, if it has one, its
+key, on one line for a launch script. castrad is not started for this.
+
+Exit codes: 0 done, 4 no such VM, 5 castrad is not to be had.`,
+		Example: `  qemu-system-x86_64 -m 512 $(castractl vm args web1)
+  castractl vm args web1 --key-out /etc/vms/web1.key`,
 		Args:              vmArgs(1, 1),
 		ValidArgsFunction: f.completeVM,
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -122,8 +126,15 @@ func newVMRekeyCmd(f *Factory) *cobra.Command {
 	var keyOut string
 	var asJSON bool
 	cmd := &cobra.Command{
-		Use:               "rekey NAME",
-		Short:             "Give a VM a new key; the old one is void at once",
+		Use:   "rekey NAME",
+		Short: "Give a VM a new key; the old one is void at once",
+		Long: `Make a new key for a VM. Its session ends, and it comes back with the new key
+alone: hand that over and restart the VM. What is printed is what "vm add"
+prints.
+
+Exit codes: 0 done; 1 when the key could not be written; 4 no such VM; 5
+castrad is not to be had.`,
+		Example:           `  castractl vm rekey web1 --key-out web1.new-key`,
 		Args:              vmArgs(1, 1),
 		ValidArgsFunction: f.completeVM,
 		RunE: func(cmd *cobra.Command, args []string) error {

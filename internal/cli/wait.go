@@ -20,6 +20,9 @@ const reread = 2 * time.Second
 // lastLook is how long the look at the deadline may take.
 const lastLook = 5 * time.Second
 
+// anyVM stands for the names that --all would wait for, where there are none.
+const anyVM = "any VM"
+
 type waitOptions struct {
 	all     bool
 	state   string
@@ -33,8 +36,12 @@ func newWaitCmd(f *Factory) *cobra.Command {
 		Short: "Wait until VMs are reachable",
 		Long: `Wait until all the named VMs, or all that are known, are reachable, have a
 subscription, or are unreachable. Names that have not been seen yet are waited
-for. There is one deadline for all of them; the exit code is 3 when it passes.`,
-		Example:           `  castractl wait web1 web2 --for subscribed --timeout 2min`,
+for. There is one deadline for all of them.
+
+Exit codes: 0 when all are so, 3 when the deadline passes first, 5 when castrad
+is not to be had.`,
+		Example: `  castractl wait web1 web2 --for subscribed --timeout 2min
+  castractl wait --all`,
 		Args:              vmArgs(0, 0),
 		ValidArgsFunction: f.completeVMs,
 		RunE: func(cmd *cobra.Command, names []string) error {
@@ -90,9 +97,17 @@ func (o *waitOptions) missing(st *bus.Status, names []string) []string {
 	}
 	if o.all && len(names) == 0 && o.state != "unreachable" {
 		// "All are there" is not true of a bus that nobody has come to yet.
-		missing = append(missing, "any VM")
+		missing = append(missing, anyVM)
 	}
 	return missing
+}
+
+// hint is the command that tells why a VM is not as it was waited for.
+func (o *waitOptions) hint(missing string) string {
+	if missing == anyVM {
+		return "castractl status"
+	}
+	return "castractl explain " + missing
 }
 
 func (f *Factory) runWait(ctx context.Context, o *waitOptions, names []string) error {
@@ -137,7 +152,7 @@ func (f *Factory) waitUntil(ctx context.Context, o *waitOptions, names []string,
 				return nil
 			}
 			if over {
-				return exitf(ExitUnreachable, "not %s within %v: %s; see why: castractl status", o.state, time.Duration(o.timeout), strings.Join(missing, ", "))
+				return exitf(ExitUnreachable, "not %s within %v: %s; see why: %s", o.state, time.Duration(o.timeout), strings.Join(missing, ", "), o.hint(missing[0]))
 			}
 		}
 		select {

@@ -308,6 +308,44 @@ func TestShippedFiles(t *testing.T) {
 	}
 }
 
+// The manual names every key, in its table, at its default, and no other.
+func TestManual(t *testing.T) {
+	line := regexp.MustCompile(`(?m)^\.(?:SH (\[[a-z]+\])|BR ([a-z_]+) " = (.*)")$`)
+	roff := strings.NewReplacer(`\(dq`, `"`, `\-`, `-`)
+	for _, tt := range []struct {
+		page      string
+		got, want any
+	}{
+		{"castrad.toml.5", &Host{}, DefaultHost()},
+		{"castra-guestd.toml.5", &Guest{}, DefaultGuest()},
+	} {
+		text, err := os.ReadFile(filepath.Join("..", "..", "docs", "man", tt.page))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var toml strings.Builder
+		for _, m := range line.FindAllStringSubmatch(string(text), -1) {
+			if m[1] != "" {
+				fmt.Fprintln(&toml, m[1])
+			} else {
+				fmt.Fprintln(&toml, m[2], "=", roff.Replace(m[3]))
+			}
+		}
+		from := make(origins)
+		if err := decode(tt.page, toml.String(), tt.got, from); err != nil {
+			t.Fatalf("what %s says is no configuration: %v\n%s", tt.page, err, &toml)
+		}
+		if got := reflect.ValueOf(tt.got).Elem().Interface(); !reflect.DeepEqual(got, tt.want) {
+			t.Errorf("%s: got %+v\nwant %+v", tt.page, got, tt.want)
+		}
+		for _, k := range keys("", reflect.TypeOf(tt.want)) {
+			if _, ok := from[k]; !ok {
+				t.Errorf("docs/man/%s does not name %s; add it as the others are", tt.page, k)
+			}
+		}
+	}
+}
+
 // keys lists the dotted names of a struct's keys.
 func keys(prefix string, typ reflect.Type) []string {
 	var all []string

@@ -88,6 +88,14 @@ type Limits struct {
 	// KiB, for the largest frame must pass. Default: 4 KiB times PublishRate, but
 	// no less than 4 MiB.
 	PublishBytes Size `toml:"publish_bytes"`
+	// HandshakeRate is how many handshakes a second one VM may complete for as long
+	// as it likes. Default: 10.
+	HandshakeRate int64 `toml:"handshake_rate"`
+	// HandshakeBurst is how many of one VM's may come at once. Default: 100.
+	HandshakeBurst int64 `toml:"handshake_burst"`
+	// UnsentBytes is how much the kernel holds of what a guest was sent and has not
+	// taken; what is behind it waits in the log. At least 64 KiB; default 256 KiB.
+	UnsentBytes Size `toml:"unsent_bytes"`
 }
 
 // leastSize is the least that a segment may be told to take (contract 4), and
@@ -108,6 +116,7 @@ func DefaultHost() Host {
 		Limits: Limits{
 			MaxSessions: 20000, MaxHandshakes: 4096, MaxVMs: 20000, MaxSubscriptions: 16,
 			PublishRate: 1000, PublishBurst: 2000, PublishBytes: 4 << 20,
+			HandshakeRate: 10, HandshakeBurst: 100, UnsentBytes: 256 << 10,
 		},
 	}
 }
@@ -174,6 +183,9 @@ func (l *Limits) check(c *checker) {
 	c.atLeastOne("limits.publish_rate", l.PublishRate)
 	c.atLeastOne("limits.publish_burst", l.PublishBurst)
 	c.sizeAtLeast("limits.publish_bytes", l.PublishBytes, leastSize)
+	c.atLeastOne("limits.handshake_rate", l.HandshakeRate)
+	c.atLeastOne("limits.handshake_burst", l.HandshakeBurst)
+	c.sizeAtLeast("limits.unsent_bytes", l.UnsentBytes, leastSize)
 }
 
 // Warnings lists settings that are allowed and hardly meant, a sentence each.

@@ -198,7 +198,7 @@ func TestProperties(t *testing.T) {
 	b := newBus(t, openPolicy)
 	b.serve(Options{Bus: newFakeBus(bus.VM{
 		VM: "web-1", State: "reachable", Reachable: true, Session: "sess-1", RemoteAddr: "127.0.0.1:9", Keyed: true,
-		Subscriptions: []string{"a", "b"}, LastHandshakeAgeMS: &age, Lag: 3, Published: 4, RateLimited: 5,
+		Subscriptions: []string{"a", "b"}, LastHandshakeAgeMS: &age, Lag: 3, Published: 4, RateLimited: 5, Superseded: 6, Contended: true,
 	})}, quick())
 	c := b.client()
 	get := func(path dbus.ObjectPath, name string) any {
@@ -212,7 +212,7 @@ func TestProperties(t *testing.T) {
 	for name, want := range map[string]any{
 		"Name": "web-1", "Reachable": true, "State": "reachable", "Session": "sess-1", "RemoteAddress": "127.0.0.1:9",
 		"Subscriptions": []string{"a", "b"}, "Registered": false, "Keyed": true, "LastPublishTimestamp": uint64(0),
-		"Lag": uint64(3), "Published": uint64(4), "RateLimited": uint64(5),
+		"Lag": uint64(3), "Published": uint64(4), "RateLimited": uint64(5), "Superseded": uint64(6), "Contended": true,
 		"Nothing": "UnknownProperty: " + string(vm) + " has no property org.castra.Bus1.VM.Nothing",
 	} {
 		if got := get(vm, VMInterface+"."+name); !reflect.DeepEqual(got, want) {
@@ -225,7 +225,7 @@ func TestProperties(t *testing.T) {
 	}
 	for name, want := range map[string]any{
 		"Version": "1.2.3", "State": "running", "LogDir": "/l\uFFFDog", "StateDir": "/state", "Listen": []string{"127.0.0.1:7070"},
-		"Sessions": uint32(3), "HeadSeq": uint64(42),
+		"Sessions": uint32(3), "HeadSeq": uint64(42), "Sync": "always", "Faults": [][]any{}, "Limited": map[string]uint64{"max_vms": 1},
 	} {
 		if got := get(RootPath, ManagerInterface+"."+name); !reflect.DeepEqual(got, want) {
 			t.Errorf("%s is %v, want %v", name, got, want)
@@ -356,9 +356,11 @@ func compareMethods(t *testing.T, i introspect.Interface) {
 }
 
 func getAll(c *dbus.Conn, path dbus.ObjectPath, iface string) (vars, error) {
-	var props vars
-	err := c.Object(BusName, path).Call("org.freedesktop.DBus.Properties.GetAll", 0, iface).Store(&props)
-	return props, err
+	call := c.Object(BusName, path).Call("org.freedesktop.DBus.Properties.GetAll", 0, iface)
+	if call.Err != nil {
+		return nil, call.Err
+	}
+	return call.Body[0].(map[string]dbus.Variant), nil // Store would make a(sssss) aav
 }
 
 func TestBusctl(t *testing.T) {

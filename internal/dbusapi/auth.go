@@ -15,6 +15,7 @@ import (
 	"github.com/godbus/dbus/v5"
 
 	"github.com/castrabus/castra/internal/bus"
+	"github.com/castrabus/castra/internal/logging"
 )
 
 // action is what polkit is asked about.
@@ -276,8 +277,8 @@ func (a *authorizer) logFailing(err error) {
 	switch {
 	case !changed:
 	case err != nil:
-		a.srv.opts.Log.WithError(err).Warnf("polkit gives no decision; root and the group %s decide", a.srv.hooks.group)
+		logging.PolkitUnavailable.On(a.srv.opts.Log).WithError(err).Warnf("polkit gives no decision; root and the group %s decide", a.srv.hooks.group)
 	default:
-		a.srv.opts.Log.Info("polkit gives decisions again")
+		logging.PolkitBack.On(a.srv.opts.Log).Info("polkit gives decisions again")
 	}
 }

@@ -213,7 +213,7 @@ type fakeBus struct {
 
 func newFakeBus(vms ...bus.VM) *fakeBus {
 	f := &fakeBus{
-		broker:   bus.Broker{Kind: "host", Version: "1.2.3", State: "running", LogDir: "/l\xffog", StateDir: "/state", Listen: []string{"127.0.0.1:7070"}, HeadSeq: 42, Sessions: 3},
+		broker:   bus.Broker{Kind: "host", Version: "1.2.3", State: "running", Sync: "always", LogDir: "/l\xffog", StateDir: "/state", Listen: []string{"127.0.0.1:7070"}, HeadSeq: 42, Sessions: 3, Limited: map[string]uint64{"max_vms": 1}},
 		vms:      make(map[string]bus.VM),
 		watchers: make(map[int]func(bus.VM, bool)),
 	}
@@ -300,6 +300,17 @@ func (f *fakeBus) set(vm bus.VM) {
 	f.mu.Unlock()
 	for _, w := range watchers {
 		w(vm, removed)
+	}
+}
+
+// become changes the broker and tells who watches.
+func (f *fakeBus) become(state string, faults ...bus.Fault) {
+	f.mu.Lock()
+	f.broker.State, f.broker.Faults = state, faults
+	watchers := slices.Collect(maps.Values(f.watchers))
+	f.mu.Unlock()
+	for _, w := range watchers {
+		w(bus.VM{}, false)
 	}
 }
 

@@ -3,6 +3,7 @@ package dbusapi
 import (
 	"context"
 	"slices"
+	"time"
 
 	"github.com/godbus/dbus/v5"
 
@@ -76,11 +77,19 @@ type call struct {
 	err    error
 	who    *caller
 	size   int
-	after  func() // what is left to do once the answer is out; may be nil
+	wait   time.Duration // before it is carried out: its sender calls too much
+	after  func()        // what is left to do once the answer is out; may be nil
 }
 
 // run carries the call out and answers it.
 func (c *call) run() {
+	if c.flags&dbus.FlagNoReplyExpected != 0 && (c.method == nil || !c.method.ordered && c.method.action == "") {
+		return // nothing would come of it
+	}
+	if !c.rest() {
+		_ = c.sendError(bus.Errorf(bus.CodeShuttingDown, "%s is stopping; try again", c.link.srv.daemon))
+		return
+	}
 	if c.method != nil && c.method.heavy {
 		select {
 		case c.link.heavy <- struct{}{}:
@@ -101,6 +110,21 @@ func (c *call) run() {
 	}
 	if c.after != nil {
 		c.after()
+	}
+}
+
+// rest waits for the sender's share, and tells whether that came.
+func (c *call) rest() bool {
+	if c.wait <= 0 {
+		return true
+	}
+	t := time.NewTimer(c.wait)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-c.link.soft.Done():
+		return false
 	}
 }
 

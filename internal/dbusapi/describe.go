@@ -100,7 +100,9 @@ var descriptions = map[string]string{
   <property name="Version" type="s" access="read">
    <annotation name="org.freedesktop.DBus.Property.EmitsChangedSignal" value="const"/>
   </property>
-  <property name="State" type="s" access="read">
+  <property name="State" type="s" access="read"/>
+  <property name="Faults" type="a(sssss)" access="read"/>
+  <property name="Sync" type="s" access="read">
    <annotation name="org.freedesktop.DBus.Property.EmitsChangedSignal" value="false"/>
   </property>
   <property name="LogDir" type="s" access="read">
@@ -116,6 +118,9 @@ var descriptions = map[string]string{
    <annotation name="org.freedesktop.DBus.Property.EmitsChangedSignal" value="false"/>
   </property>
   <property name="HeadSeq" type="t" access="read">
+   <annotation name="org.freedesktop.DBus.Property.EmitsChangedSignal" value="false"/>
+  </property>
+  <property name="Limited" type="a{st}" access="read">
    <annotation name="org.freedesktop.DBus.Property.EmitsChangedSignal" value="false"/>
   </property>
  </interface>
@@ -151,6 +156,10 @@ var descriptions = map[string]string{
   <property name="RateLimited" type="t" access="read">
    <annotation name="org.freedesktop.DBus.Property.EmitsChangedSignal" value="false"/>
   </property>
+  <property name="Superseded" type="t" access="read">
+   <annotation name="org.freedesktop.DBus.Property.EmitsChangedSignal" value="false"/>
+  </property>
+  <property name="Contended" type="b" access="read"/>
  </interface>
 `,
 }

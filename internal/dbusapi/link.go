@@ -30,6 +30,14 @@ const (
 	// rest wait. With 10,000 VMs one is 4 MB long and takes up to 110 MB of
 	// allocations.
 	maxHeavy = 2
+	// One sender's calls a second, for as long as it likes and at once; what is
+	// beyond waits. A heavy one counts as heavyCost.
+	callRate  = 200
+	callBurst = 400
+	heavyCost = 20
+	// maxIdleCallers is how many senders that have nothing under way are remembered
+	// for the sake of that.
+	maxIdleCallers = 1024
 )
 
 // link is the service on one connection, from its start to its loss.
@@ -62,6 +70,28 @@ type caller struct {
 	queue        []*call // ordered calls not begun yet; at most maxCallsPerSender
 	draining     bool    // a goroutine works on queue
 	held         map[*hold]struct{}
+	rate         callBudget
+}
+
+// callBudget counts how much a sender has called lately.
+type callBudget struct {
+	owed float64 // calls
+	at   time.Time
+}
+
+// spend counts a call and gives how long it has to wait.
+func (b *callBudget) spend(cost float64, now time.Time) time.Duration {
+	b.owed = max(0, b.owed-now.Sub(b.at).Seconds()*callRate) + cost
+	b.at = now
+	if over := b.owed - callBurst; over > 0 {
+		return time.Duration(over / callRate * float64(time.Second))
+	}
+	return 0
+}
+
+// small tells whether so little is owed that it need not be remembered.
+func (b *callBudget) small(now time.Time) bool {
+	return b.owed-now.Sub(b.at).Seconds()*callRate < callBurst/2
 }
 
 // hold is a call that lasts until its caller leaves the bus.
@@ -230,6 +260,11 @@ func (l *link) admit(c *call) error {
 	}
 	l.callers[c.sender] = who
 	c.who, c.size = who, size
+	cost := 1.0
+	if c.method != nil && c.method.heavy {
+		cost = heavyCost
+	}
+	c.wait = who.rate.spend(cost, time.Now())
 	who.calls, who.bytes = who.calls+1, who.bytes+size
 	l.nCalls, l.nBytes = l.nCalls+1, l.nBytes+size
 	switch {
@@ -269,10 +304,20 @@ func (l *link) carryOut(c *call) {
 	l.mu.Unlock()
 }
 
-// forget drops a caller that has nothing under way. l.mu is held.
+// forget drops a caller that has nothing under way and has not called too much
+// lately. l.mu is held.
 func (l *link) forget(sender string, who *caller) {
-	if who.calls == 0 && len(who.held) == 0 {
+	now := time.Now()
+	gone := func(who *caller) bool { return who.calls == 0 && len(who.held) == 0 }
+	if gone(who) && who.rate.small(now) {
 		delete(l.callers, sender)
+	}
+	if len(l.callers) > maxIdleCallers {
+		for name, who := range l.callers {
+			if gone(who) {
+				delete(l.callers, name)
+			}
+		}
 	}
 }
 

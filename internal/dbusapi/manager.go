@@ -91,6 +91,8 @@ func describe(_ context.Context, c *call, args []any) ([]any, error) {
 	st := c.link.srv.opts.Bus.Status(args[0].([]string))
 	// Readers expect lists, also where there is nothing to list.
 	st.VMs, st.Refused, st.Broker.Listen = list(st.VMs), list(st.Refused), list(st.Broker.Listen)
+	st.Broker.Faults = list(st.Broker.Faults)
+	st.Broker.Limited = counts(st.Broker.Limited)
 	for i := range st.VMs {
 		vm := &st.VMs[i]
 		vm.Subscriptions, vm.Capabilities, vm.Forwards = list(vm.Subscriptions), list(vm.Capabilities), list(vm.Forwards)

@@ -19,12 +19,15 @@ type property[T any] struct {
 
 var managerProperties = []property[bus.Broker]{
 	{"Version", false, func(b *bus.Broker, _ time.Time) any { return text(b.Version) }},
-	{"State", false, func(b *bus.Broker, _ time.Time) any { return text(b.State) }},
+	{"State", true, func(b *bus.Broker, _ time.Time) any { return text(b.State) }},
+	{"Faults", true, func(b *bus.Broker, _ time.Time) any { return faults(b.Faults) }},
+	{"Sync", false, func(b *bus.Broker, _ time.Time) any { return text(b.Sync) }},
 	{"LogDir", false, func(b *bus.Broker, _ time.Time) any { return text(b.LogDir) }},
 	{"StateDir", false, func(b *bus.Broker, _ time.Time) any { return text(b.StateDir) }},
 	{"Listen", false, func(b *bus.Broker, _ time.Time) any { return texts(b.Listen) }},
 	{"Sessions", false, func(b *bus.Broker, _ time.Time) any { return uint32(b.Sessions) }},
 	{"HeadSeq", false, func(b *bus.Broker, _ time.Time) any { return b.HeadSeq }},
+	{"Limited", false, func(b *bus.Broker, _ time.Time) any { return counts(b.Limited) }},
 }
 
 var vmProperties = []property[bus.VM]{
@@ -42,6 +45,8 @@ var vmProperties = []property[bus.VM]{
 	{"Lag", false, func(vm *bus.VM, _ time.Time) any { return vm.Lag }},
 	{"Published", false, func(vm *bus.VM, _ time.Time) any { return vm.Published }},
 	{"RateLimited", false, func(vm *bus.VM, _ time.Time) any { return vm.RateLimited }},
+	{"Superseded", false, func(vm *bus.VM, _ time.Time) any { return vm.Superseded }},
+	{"Contended", true, func(vm *bus.VM, _ time.Time) any { return vm.Contended }},
 }
 
 // timestamp is when something of that age was, in microseconds since 1970; 0 for
@@ -53,12 +58,31 @@ func timestamp(ageMS *int64, now time.Time) uint64 {
 	return uint64(max(0, now.UnixMicro()-*ageMS*1000))
 }
 
+// aFault is a fault on D-Bus, all of it but its age.
+type aFault struct{ Part, Cause, Effect, Detail, Advice string }
+
+func faults(in []bus.Fault) []aFault {
+	out := make([]aFault, len(in))
+	for i, f := range in {
+		out[i] = aFault{text(f.Part), text(f.Cause), text(f.Effect), text(f.Detail), text(f.Advice)}
+	}
+	return out
+}
+
 func texts(in []string) []string {
 	out := make([]string, len(in))
 	for i, s := range in {
 		out[i] = text(s)
 	}
 	return out
+}
+
+// counts gives in, also where it is nil.
+func counts(in map[string]uint64) map[string]uint64 {
+	if in == nil {
+		return map[string]uint64{}
+	}
+	return in
 }
 
 // all gives the properties of one object.

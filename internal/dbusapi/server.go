@@ -31,7 +31,8 @@ type Bus interface {
 	// names, all of them.
 	Status(vms []string) bus.Status
 	// Watch has fn called after each change of a VM that a person would watch,
-	// from one goroutine and under no lock, until cancel is called.
+	// from one goroutine and under no lock, until cancel is called. A VM without a
+	// name says that it is the bus itself that has changed.
 	Watch(fn func(vm bus.VM, removed bool)) (cancel func())
 }
 

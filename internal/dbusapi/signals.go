@@ -40,15 +40,20 @@ func (d *dirtySet) mark(name string) {
 	}
 }
 
+// theBus is what the bus itself is known by among its VMs: no VM has this name.
+const theBus = ""
+
 // start begins to note changes and returns what is known without any.
 func (d *dirtySet) start(b Bus) map[string]emitted {
 	d.mu.Lock()
 	d.names = make(map[string]struct{})
 	d.mu.Unlock()
 	known := make(map[string]emitted)
-	for _, vm := range b.Status(nil).VMs {
-		known[vm.VM] = emittedOf(&vm)
+	st := b.Status(nil)
+	for _, vm := range st.VMs {
+		known[vm.VM] = emittedOf(vmProperties, &vm)
 	}
+	known[theBus] = emittedOf(managerProperties, &st.Broker)
 	return known
 }
 
@@ -74,29 +79,29 @@ func (d *dirtySet) take(n int) []string {
 	return out
 }
 
-// emitted is what PropertiesChanged has told of a VM: the values of the emitted
-// properties, in the order of vmProperties.
+// emitted is what PropertiesChanged has told of an object: the values of the
+// emitted properties, in their order.
 type emitted []any
 
-func emittedOf(vm *bus.VM) emitted {
+func emittedOf[T any](props []property[T], of *T) emitted {
 	var out emitted
-	for _, p := range vmProperties {
+	for _, p := range props {
 		if p.emitted {
-			out = append(out, p.get(vm, time.Time{})) // none of them is a time
+			out = append(out, p.get(of, time.Time{})) // none of them is a time
 		}
 	}
 	return out
 }
 
-// changed gives the properties in which now differs from e.
-func (e emitted) changed(now emitted) map[string]dbus.Variant {
+// changed gives the properties in which now differs from was.
+func changed[T any](props []property[T], was, now emitted) map[string]dbus.Variant {
 	out := make(map[string]dbus.Variant)
 	i := 0
-	for _, p := range vmProperties {
+	for _, p := range props {
 		if !p.emitted {
 			continue
 		}
-		if !reflect.DeepEqual(e[i], now[i]) {
+		if !reflect.DeepEqual(was[i], now[i]) {
 			out[p.name] = dbus.MakeVariant(now[i])
 		}
 		i++
@@ -114,20 +119,39 @@ func (l *link) signalChanges(known map[string]emitted) {
 		}
 		for names := l.srv.dirty.take(statusChunk); len(names) > 0 && l.soft.Err() == nil; names = l.srv.dirty.take(statusChunk) {
 			there := make(map[string]*bus.VM, len(names))
-			vms := l.srv.opts.Bus.Status(names).VMs
-			for i := range vms {
-				there[vms[i].VM] = &vms[i]
+			st := l.srv.opts.Bus.Status(names)
+			for i := range st.VMs {
+				there[st.VMs[i].VM] = &st.VMs[i]
 			}
+			err := l.signalBus(known, &st.Broker)
 			for _, name := range names {
-				if err := l.signalChange(known, name, there[name]); err != nil {
-					// Watchers would be left with old states; with the name they
-					// see that they must look again.
-					l.conn.sock.Close()
-					return
+				if err == nil && name != theBus {
+					err = l.signalChange(known, name, there[name])
 				}
+			}
+			if err != nil {
+				// Watchers would be left with old states; with the name they see
+				// that they must look again.
+				l.conn.sock.Close()
+				return
 			}
 		}
 	}
+}
+
+// signalBus emits what differs between known and b. A guest's daemon tells of its
+// VM alone, whose changes are most of its own: so it is called at each change.
+func (l *link) signalBus(known map[string]emitted, b *bus.Broker) error {
+	was, now := known[theBus], emittedOf(managerProperties, b)
+	known[theBus] = now
+	return l.signalProperties(RootPath, ManagerInterface, changed(managerProperties, was, now))
+}
+
+func (l *link) signalProperties(path dbus.ObjectPath, iface string, changed map[string]dbus.Variant) error {
+	if len(changed) == 0 {
+		return nil
+	}
+	return l.conn.emit(path, ifaceProperties, "PropertiesChanged", iface, changed, []string{})
 }
 
 // signalChange emits what differs between known and vm, which is nil if there is
@@ -145,7 +169,7 @@ func (l *link) signalChange(known map[string]emitted, name string, vm *bus.VM) e
 		}
 		return l.conn.emit(RootPath, ManagerInterface, "VMRemoved", text(name), path)
 	}
-	now := emittedOf(vm)
+	now := emittedOf(vmProperties, vm)
 	known[name] = now
 	if !had {
 		if err := l.conn.emit(RootPath, ifaceObjects, "InterfacesAdded", path, interfacesOf(vm)); err != nil {
@@ -153,8 +177,5 @@ func (l *link) signalChange(known map[string]emitted, name string, vm *bus.VM) e
 		}
 		return l.conn.emit(RootPath, ManagerInterface, "VMNew", text(name), path)
 	}
-	if changed := was.changed(now); len(changed) > 0 {
-		return l.conn.emit(path, ifaceProperties, "PropertiesChanged", VMInterface, changed, []string{})
-	}
-	return nil
+	return l.signalProperties(path, VMInterface, changed(vmProperties, was, now))
 }

@@ -28,6 +28,7 @@ func TestSignals(t *testing.T) {
 		"Name": "web-1", "Reachable": false, "State": "unreachable", "Session": "", "RemoteAddress": "", "Subscriptions": []string{},
 		"Registered": true, "Keyed": false, "LastHandshakeTimestamp": uint64(0), "LastPublishTimestamp": uint64(0),
 		"LastHeartbeatTimestamp": uint64(0), "Lag": uint64(0), "Published": uint64(0), "RateLimited": uint64(0),
+		"Superseded": uint64(0), "Contended": false,
 	})})
 	expect(RootPath, ManagerInterface+".VMNew", "web-1", path)
 
@@ -46,9 +47,32 @@ func TestSignals(t *testing.T) {
 	expect(RootPath, ifaceObjects+".InterfacesRemoved", path, []string{VMInterface})
 	expect(RootPath, ManagerInterface+".VMRemoved", "web-1", path)
 
+	fault := bus.Fault{Part: "event-log", Cause: "disk full", Effect: "refuses", Detail: "no space", Advice: "make room", AgeMS: 5}
+	bus1 := func(state string, all ...aFault) {
+		t.Helper()
+		expect(RootPath, ifaceProperties+".PropertiesChanged", ManagerInterface, map[string]dbus.Variant{
+			"State": dbus.MakeVariant(state), "Faults": dbus.MakeVariantWithSignature(tuples(all), dbus.ParseSignatureMust("a(sssss)")),
+		}, []string{})
+	}
+	f.become("degraded: disk full", fault)
+	bus1("degraded: disk full", aFault{"event-log", "disk full", "refuses", "no space", "make room"})
+	fault.AgeMS = 1000
+	f.become("degraded: disk full", fault) // older is not other
+	f.become("running")
+	bus1("running")
+
 	f.set(bus.VM{VM: "never"}) // removed, and never there
 	f.set(bus.VM{VM: "old", State: "reachable"})
 	expect(VMPath("old"), ifaceProperties+".PropertiesChanged", VMInterface, variants(map[string]any{"State": "reachable"}), []string{})
+}
+
+// tuples are structs as godbus decodes them.
+func tuples(in []aFault) [][]any {
+	out := [][]any{}
+	for _, f := range in {
+		out = append(out, []any{f.Part, f.Cause, f.Effect, f.Detail, f.Advice})
+	}
+	return out
 }
 
 func TestManagedObjects(t *testing.T) {
@@ -83,7 +107,8 @@ func TestManagedObjects(t *testing.T) {
 func TestDirtySet(t *testing.T) {
 	d := newDirtySet()
 	d.mark("before")
-	if known := d.start(newFakeBus(bus.VM{VM: "web1"})); len(known) != 1 {
+	if known := d.start(newFakeBus(bus.VM{VM: "web1"})); len(known) != 2 { // and the bus
+
 		t.Errorf("known: %v", known)
 	}
 	for n := range 300 {

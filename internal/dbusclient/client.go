@@ -33,7 +33,7 @@ type Options struct {
 	// Interactive lets polkit ask the user for a password.
 	Interactive bool
 	// Daemon is the name of the daemon's unit, without .service, for messages and
-	// for SocketIdle. Empty: castrad.
+	// for Absence. Empty: castrad.
 	Daemon string
 }
 
@@ -254,11 +254,30 @@ func (c *Client) call(ctx context.Context, member string, results []any, args ..
 	return nil
 }
 
-// SocketIdle tells whether the daemon does not run and systemd listens in its
-// place, to start it when a guest connects. Where systemd cannot be asked it is
-// false.
-func (c *Client) SocketIdle(ctx context.Context) bool {
-	return c.activeState(ctx, c.opts.Daemon+".socket") == "active" && c.activeState(ctx, c.opts.Daemon+".service") == "inactive"
+// Absence is what systemd knows of a daemon that does not answer.
+type Absence string
+
+// The kinds of absence.
+const (
+	Stopped  Absence = "stopped" // or systemd cannot be asked
+	Idle     Absence = "idle"    // systemd listens in its place, to start it when a guest connects
+	Starting Absence = "starting"
+	Failed   Absence = "failed"
+)
+
+// Absence asks systemd why the daemon does not answer.
+func (c *Client) Absence(ctx context.Context) Absence {
+	switch c.activeState(ctx, c.opts.Daemon+".service") {
+	case "activating":
+		return Starting
+	case "failed":
+		return Failed
+	case "inactive":
+		if c.activeState(ctx, c.opts.Daemon+".socket") == "active" {
+			return Idle
+		}
+	}
+	return Stopped
 }
 
 func (c *Client) activeState(ctx context.Context, unit string) (state string) {

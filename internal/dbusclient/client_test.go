@@ -291,16 +291,17 @@ func (s unitState) Get(iface, name string) (dbus.Variant, *dbus.Error) {
 	return dbus.MakeVariant(string(s)), nil
 }
 
-func TestSocketIdle(t *testing.T) {
+func TestAbsence(t *testing.T) {
 	for _, tt := range []struct {
 		socket, service string
-		want            bool
+		want            dbusclient.Absence
 	}{
-		{"active", "inactive", true},
-		{"active", "active", false},
-		{"active", "activating", false},
-		{"inactive", "inactive", false},
-		{"failed", "inactive", false},
+		{"active", "inactive", dbusclient.Idle},
+		{"active", "active", dbusclient.Stopped},
+		{"active", "activating", dbusclient.Starting},
+		{"inactive", "inactive", dbusclient.Stopped},
+		{"failed", "inactive", dbusclient.Stopped},
+		{"failed", "failed", dbusclient.Failed},
 	} {
 		address, _ := startBus(t, openPolicy)
 		conn, err := dbus.Connect(address)
@@ -319,17 +320,17 @@ func TestSocketIdle(t *testing.T) {
 			}
 		}
 		c := dial(t, dbusclient.Options{Address: address})
-		if c.SocketIdle(t.Context()) {
-			t.Error("idle without systemd")
+		if got := c.Absence(t.Context()); got != dbusclient.Stopped {
+			t.Errorf("%s without systemd", got)
 		}
 		if _, err := conn.RequestName("org.freedesktop.systemd1", 0); err != nil {
 			t.Fatal(err)
 		}
-		if got := c.SocketIdle(t.Context()); got != tt.want {
-			t.Errorf("%+v: %t", tt, got)
+		if got := c.Absence(t.Context()); got != tt.want {
+			t.Errorf("%+v: %s", tt, got)
 		}
-		if dial(t, dbusclient.Options{Address: address, Daemon: "castra-guestd"}).SocketIdle(t.Context()) {
-			t.Error("a daemon without units is idle")
+		if got := dial(t, dbusclient.Options{Address: address, Daemon: "castra-guestd"}).Absence(t.Context()); got != dbusclient.Stopped {
+			t.Errorf("a daemon without units is %s", got)
 		}
 	}
 }

@@ -3,8 +3,6 @@ package eventlog
 import (
 	"errors"
 	"fmt"
-	"io/fs"
-	"syscall"
 	"time"
 )
 
@@ -33,6 +31,7 @@ type committer struct {
 	next      uint64 // the number of the next record
 	failures  int    // writes failed since the last one that succeeded
 	lastError error  // of the newest failed write
+	held      bool   // a segment is kept only because the VMs' streams are behind
 
 	group  []*Batch
 	chunk  *chunk   // being filled
@@ -45,12 +44,15 @@ type committer struct {
 func (l *Log) run() {
 	defer close(l.done)
 	c := &l.c
-	c.syncTimer, c.retryTimer = stoppedTimer(), stoppedTimer()
-	c.expireTimer = time.NewTimer(0)
+	c.expireTimer.Reset(0)
 	for {
 		select {
 		case b := <-l.queue:
 			l.round(func() { l.commit(b) })
+		case <-l.around:
+			if c.held || l.released.Load() > 0 {
+				l.round(l.expire)
+			}
 		case <-c.syncTimer.C:
 			l.round(l.syncLazily)
 		case <-c.retryTimer.C:
@@ -110,7 +112,7 @@ drain:
 			e := &b.Entries[i]
 			e.Seq, e.Duplicate, e.Err = 0, false, nil
 			if err == nil {
-				err = l.add(e, when, now)
+				err = l.add(b, e, when, now)
 			}
 			if err != nil {
 				e.Err = err
@@ -122,6 +124,9 @@ drain:
 	}
 	c.chunk = nil
 	for i, b := range c.group {
+		if len(b.tables) > 0 {
+			l.perVM.ids.release(b)
+		}
 		b.done <- struct{}{}
 		c.group[i] = nil // not to keep a publisher's buffers alive
 	}
@@ -146,10 +151,10 @@ func (l *Log) begin(size int) {
 
 // add appends e's line to the chunk, flushing it first where the line belongs
 // to another segment. An error refuses e and the whole chunk.
-func (l *Log) add(e *Entry, when string, now time.Time) error {
+func (l *Log) add(b *Batch, e *Entry, when string, now time.Time) error {
 	c := &l.c
 	if l.perVM != nil && len(e.ID) > 0 {
-		seq, err := l.perVM.ids.lookup(e.VM, e.ID)
+		seq, err := l.perVM.ids.lookup(b, e)
 		if err != nil {
 			e.Err = &WriteError{Err: err}
 			return nil //nolint:nilerr // it is this VM's alone: the log itself is well
@@ -173,7 +178,7 @@ func (l *Log) add(e *Entry, when string, now time.Time) error {
 				return l.fail(err)
 			}
 		}
-		l.begin(maxGroup / 4)
+		l.begin(int(min(maxGroup/4, l.opts.SegmentSize)))
 		start = 0
 		c.chunk.data = appendRecord(c.chunk.data, e, c.next, l.mark(), when)
 	}
@@ -270,6 +275,11 @@ func (l *Log) openNext() error {
 	if err != nil {
 		return err
 	}
+	// Without this a crash could lose the name, and with it every record that
+	// is synced into the file.
+	if err := l.stream.syncDir(); err != nil {
+		return errors.Join(err, f.Close())
+	}
 	c.file, c.size, c.reserved = f, 0, 0
 	l.expire()
 	return nil
@@ -284,94 +294,6 @@ func (c *committer) closeFile() error {
 	f := c.file
 	c.file = nil
 	return errors.Join(f.Truncate(c.size), f.Close())
-}
-
-// fail refuses the chunk: none of its records is stored. The segment is cut
-// back to its last committed byte and left; what the kernel made of the pages
-// that it could not write is unknown, so nothing is ever appended to it again.
-func (l *Log) fail(err error) error {
-	c := &l.c
-	we := &WriteError{Err: err, Full: errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)}
-	for _, e := range c.inside {
-		e.Err = we
-	}
-	c.inside = c.inside[:0]
-	if c.chunk != nil {
-		c.next = c.chunk.first
-	}
-	if l.perVM != nil {
-		l.perVM.ids.rollback()
-	}
-	_ = c.closeFile() // a remainder that cannot be cut is voided by the next segment's name
-	c.failures++
-	c.lastError = we
-	c.retryTimer.Reset(retryInterval)
-	l.setState(State{Degraded: degradedWord(we), Err: we})
-	return we
-}
-
-func degradedWord(e *WriteError) string {
-	switch {
-	case e.Full:
-		return "disk full"
-	case errors.Is(e.Err, syscall.EROFS), errors.Is(e.Err, fs.ErrPermission):
-		return "disk read-only"
-	default:
-		return "disk error"
-	}
-}
-
-// writable makes sure that there is a segment to write to. After one failure
-// the next batch tries a new segment; after a second one the stream stops, and
-// only the timer tries again.
-func (l *Log) writable() error {
-	c := &l.c
-	if c.file != nil {
-		return nil
-	}
-	if c.failures > 1 {
-		return c.lastError
-	}
-	return l.reopen()
-}
-
-func (l *Log) reopen() error {
-	if err := l.openNext(); err != nil {
-		return l.fail(err)
-	}
-	return nil
-}
-
-// retry tries to get the log going again after a failed write, so that it
-// recovers even if nobody publishes.
-func (l *Log) retry() {
-	c := &l.c
-	if c.file == nil {
-		if err := l.reopen(); err != nil {
-			return
-		}
-	}
-	// An empty file can be made on a full disk; a block cannot be reserved.
-	err := c.file.Preallocate(0, 1<<16)
-	if err != nil && !errors.Is(err, syscall.EOPNOTSUPP) {
-		_ = l.fail(err)
-		return
-	}
-	l.healthy()
-}
-
-// healthy notes that the disk takes writes.
-func (l *Log) healthy() {
-	l.c.failures = 0
-	if l.state.Load().Degraded != "" {
-		l.c.retryTimer.Stop()
-		l.setState(State{})
-	}
-}
-
-func (l *Log) setState(s State) {
-	l.state.Store(&s)
-	l.stateChanged()
 }
 
 // sync makes everything committed durable.
@@ -398,26 +320,47 @@ func (l *Log) syncLazily() {
 	}
 }
 
-// expire applies the retention; records that the VMs' streams still have to
-// copy stay.
+// expire applies the retention; records that the VMs' streams do not have
+// durably yet stay.
 func (l *Log) expire() {
 	r := retention{size: l.opts.Retention, age: l.opts.MaxAge, before: l.c.next}
 	if l.perVM != nil {
-		r.before = l.perVM.position.Load() + 1
+		r.before = l.perVM.saved.Load() + 1
 	}
-	if err := l.stream.expire(r, time.Now()); err != nil {
-		if l.opts.OnError != nil {
-			l.opts.OnError(err)
-		}
+	held, err := l.stream.expire(r, time.Now())
+	if l.c.held = held; held {
+		l.perVM.hurry()
+	}
+	if released := l.released.Load(); released > 0 && err == nil {
+		_, err = l.stream.expire(retention{size: 1, before: released + 1}, time.Now())
+	}
+	if err != nil && l.opts.OnError != nil {
+		l.opts.OnError(err)
+	}
+}
+
+// lookAround makes the committer expire what may go now.
+func (l *Log) lookAround() {
+	select {
+	case l.around <- struct{}{}:
+	default:
 	}
 }
 
 // shut ends the log in good order.
 func (l *Log) shut() error {
 	l.stall.Stop()
+	if l.perVM != nil {
+		l.perVM.stop()
+	}
+	return l.finish()
+}
+
+// finish is shut without ending goroutines.
+func (l *Log) finish() error {
 	err := l.sync()
 	if l.perVM != nil {
-		err = errors.Join(err, l.perVM.close())
+		err = errors.Join(err, l.perVM.finish())
 	}
 	return errors.Join(err, l.c.closeFile())
 }

@@ -37,6 +37,8 @@ type cursor struct {
 	// the last record was returned, and where the first such line began.
 	damaged   bool
 	damagedAt Damage
+	// expired: records from next on have expired since the last one was returned.
+	expired bool
 }
 
 // Damage is a place in a file where a record should be and is not.
@@ -48,12 +50,16 @@ type Damage struct {
 // read gives the next record with a number of at least c.next, io.EOF where
 // nothing more is committed just now. rec is valid until the next call.
 func (c *cursor) read(rec *Record) error {
-	c.damaged = false
+	c.damaged, c.expired = false, false
 	for {
 		if c.f == nil {
 			if err := c.open(); err != nil {
 				return err
 			}
+		}
+		if c.ended() {
+			c.closeFile()
+			continue
 		}
 		line, err := c.line()
 		if errors.Is(err, io.EOF) {
@@ -72,8 +78,6 @@ func (c *cursor) read(rec *Record) error {
 			continue
 		}
 		if c.until != 0 && rec.Seq >= c.until {
-			// Left over from a write that failed and could not be cut back:
-			// the segment behind holds what was acknowledged under this number.
 			c.next = max(c.next, c.until)
 			c.closeFile()
 			continue
@@ -86,9 +90,14 @@ func (c *cursor) read(rec *Record) error {
 	}
 }
 
+// ended tells whether what is left of the open segment is void: left over from a
+// write that failed and could not be cut back. The segment behind it holds what
+// was acknowledged under those numbers.
+func (c *cursor) ended() bool { return c.until != 0 && c.next >= c.until }
+
 // markDamaged notes that the n bytes just consumed were no record.
 func (c *cursor) markDamaged(n int) {
-	if !c.damaged {
+	if !c.damaged && !c.ended() {
 		c.damaged = true
 		c.damagedAt = Damage{File: c.st.path(c.first), Offset: c.off - int64(c.end-c.begin) - int64(n)}
 	}
@@ -160,8 +169,8 @@ func (c *cursor) open() error {
 			return io.EOF
 		}
 		f, err := c.st.fs.OpenFile(c.st.path(seg.first), os.O_RDONLY, 0)
-		if errors.Is(err, fs.ErrNotExist) && c.st.oldest() > seg.first {
-			continue // it expired between the two calls
+		if errors.Is(err, fs.ErrNotExist) && c.st.expiredBefore(seg.first) {
+			continue // between the two calls
 		}
 		if err != nil {
 			return fmt.Errorf("opening segment: %w", err)
@@ -171,6 +180,7 @@ func (c *cursor) open() error {
 			c.buf = buffers.Get().(*[]byte)
 		}
 		c.begin, c.end, c.off = 0, 0, 0
+		c.expired = c.expired || seg.first > c.next
 		if c.next > seg.first {
 			if c.off, err = seekSeq(f, seg.size, c.next); err != nil {
 				c.closeFile()

@@ -2,6 +2,7 @@ package eventlog
 
 import (
 	"errors"
+	"fmt"
 	"io"
 	"io/fs"
 	"os"
@@ -15,7 +16,7 @@ import (
 type FS interface {
 	OpenFile(name string, flag int, perm fs.FileMode) (File, error)
 	ReadDir(dir string) ([]fs.DirEntry, error)
-	MkdirAll(dir string, perm fs.FileMode) error
+	Mkdir(dir string, perm fs.FileMode) error
 	Rename(from, to string) error
 	Remove(name string) error
 	// SyncDir makes the creations, renames and removals in dir durable.
@@ -43,18 +44,71 @@ var OS FS = osFS{}
 
 type osFS struct{}
 
-func (osFS) OpenFile(name string, flag int, perm fs.FileMode) (File, error) {
-	f, err := os.OpenFile(name, flag, perm)
+var errNotRegular = errors.New("it is no regular file")
+
+// misplaced tells whether err says that something else is where a file should be.
+func misplaced(err error) bool {
+	return errors.Is(err, errNotRegular) || errors.Is(err, syscall.ELOOP) || errors.Is(err, syscall.EISDIR)
+}
+
+// setAside renames what is at path, so that there is room for a file and nothing is
+// lost, and gives its new name.
+func setAside(fsys FS, path string) (string, error) {
+	for i := 1; ; i++ {
+		name := fmt.Sprintf("%s.aside-%d", path, i)
+		f, err := fsys.OpenFile(name, os.O_RDONLY, 0)
+		if err == nil {
+			_ = f.Close()
+			continue
+		}
+		if misplaced(err) {
+			continue
+		}
+		if err := fsys.Rename(path, name); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return "", err
+		}
+		return name, nil
+	}
+}
+
+// openOwn opens a file that nobody but castrad makes. What stands in its place and
+// is none is set aside, of which told is told if it is not nil; there is no file then.
+func openOwn(fsys FS, path string, flag int, told func(file, name string)) (File, error) {
+	f, err := fsys.OpenFile(path, flag, filePerm)
+	if !misplaced(err) {
+		return f, err
+	}
+	name, err := setAside(fsys, path)
 	if err != nil {
 		return nil, err
+	}
+	if told != nil {
+		told(path, name)
+	}
+	return nil, &fs.PathError{Op: "open", Path: path, Err: fs.ErrNotExist}
+}
+
+func (osFS) OpenFile(name string, flag int, perm fs.FileMode) (File, error) {
+	// Somebody who edits the directories may leave a pipe, whose other end nobody
+	// opens, or a link that leads to a file of somebody else's.
+	f, err := os.OpenFile(name, flag|syscall.O_NONBLOCK|syscall.O_NOFOLLOW, perm)
+	if err != nil {
+		return nil, err
+	}
+	st, err := f.Stat()
+	if err == nil && !st.Mode().IsRegular() {
+		err = &fs.PathError{Op: "open", Path: name, Err: errNotRegular}
+	}
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
 	}
 	return osFile{f}, nil
 }
 
-func (osFS) ReadDir(dir string) ([]fs.DirEntry, error)   { return os.ReadDir(dir) }
-func (osFS) MkdirAll(dir string, perm fs.FileMode) error { return os.MkdirAll(dir, perm) }
-func (osFS) Rename(from, to string) error                { return os.Rename(from, to) }
-func (osFS) Remove(name string) error                    { return os.Remove(name) }
+func (osFS) ReadDir(dir string) ([]fs.DirEntry, error) { return os.ReadDir(dir) }
+func (osFS) Mkdir(dir string, perm fs.FileMode) error  { return os.Mkdir(dir, perm) }
+func (osFS) Rename(from, to string) error              { return os.Rename(from, to) }
+func (osFS) Remove(name string) error                  { return os.Remove(name) }
 
 func (osFS) SyncDir(dir string) error {
 	d, err := os.Open(filepath.Clean(dir))
@@ -103,4 +157,60 @@ func (f osFile) control(op string, call func(fd int) error) error {
 		return &fs.PathError{Op: op, Path: f.Name(), Err: callErr}
 	}
 	return err
+}
+
+// makeDir makes dir and those above it that are missing, durably: each one's
+// name is synced before anything is made in it, so that of those that are there
+// only the last one's may not be.
+func makeDir(fsys FS, dir string) error {
+	parent := filepath.Dir(dir)
+	d, err := fsys.OpenFile(dir, os.O_RDONLY, 0)
+	if err == nil {
+		err = d.Close()
+	}
+	existed := err == nil || misplaced(err)
+	if errors.Is(err, fs.ErrNotExist) && parent != dir {
+		if err = makeDir(fsys, parent); err == nil {
+			err = fsys.Mkdir(dir, dirPerm)
+		}
+	}
+	if err != nil && !existed {
+		return err
+	}
+	// Also where it was there: whoever made it may have been killed before this.
+	err = fsys.SyncDir(parent)
+	if existed && errors.Is(err, fs.ErrPermission) {
+		return nil // who made it may read its parent, so it was not us
+	}
+	return err
+}
+
+// MakeDir makes dir and those above it that are missing, durably.
+func MakeDir(fsys FS, dir string) error { return makeDir(fsys, dir) }
+
+// Replace gives the small file at path the contents data, whole or not at all,
+// and such that a power cut does not take it back.
+func Replace(fsys FS, path string, data []byte) error {
+	if err := replaceFile(fsys, path, data); err != nil {
+		return err
+	}
+	return fsys.SyncDir(filepath.Dir(path))
+}
+
+// replaceFile gives path the contents data, whole or not at all. Until its
+// directory is synced a power cut may bring the old contents back.
+func replaceFile(fsys FS, path string, data []byte) error {
+	tmp := path + ".tmp"
+	f, err := fsys.OpenFile(tmp, os.O_RDWR|os.O_CREATE|os.O_TRUNC, filePerm)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteAt(data, 0)
+	if err == nil {
+		err = f.Sync() // or the new name may come to stand for an empty file
+	}
+	if err = errors.Join(err, f.Close()); err != nil {
+		return err
+	}
+	return fsys.Rename(tmp, path)
 }

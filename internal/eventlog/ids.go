@@ -2,7 +2,7 @@ package eventlog
 
 import (
 	"container/list"
-	"crypto/sha256"
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -10,6 +10,9 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"sort"
+	"sync"
+	"time"
 )
 
 const (
@@ -17,139 +20,279 @@ const (
 	// (contract: a retry among at least the last 65,536 is stored once).
 	idWindow = 65536
 
-	// idBudget bounds the ids in memory over all VMs, about 64 bytes each.
-	// Beyond it the VMs that published longest ago are read again when needed.
-	idBudget = 4 << 20
+	// idBudget bounds the bytes of ids in memory over all VMs: some 25 whose
+	// windows are full, or a hundred thousand that have few ids. Beyond it the
+	// VMs that published longest ago are read again when needed, which takes
+	// about a millisecond.
+	idBudget = 64 << 20
 
-	idHash  = 16         // bytes of an id's SHA-256 that stand for it
-	idEntry = idHash + 8 // of the file: the hash, then seq, big-endian
-	idFile  = 2 * idWindow * idEntry
+	// idLoads is how many tables are read at once; each may exceed the budget.
+	idLoads = 4
+
+	idSuffix = ".ids"
 )
 
-type idKey [idHash]byte
-
-// idIndex finds the first record of a VM and an id. It belongs to the
-// committer. On disk it is a file a VM, appended to by the goroutine that
-// follows the log; a table may be dropped only when that file has all of it.
+// idIndex finds the first record of a VM and an id. On disk it is a file a VM,
+// written by the goroutine that follows the log. A table is read by a publisher
+// before its batch is queued, so that no other waits for that, and stays while
+// the batch is under way; what is in it is the committer's. It may be dropped
+// only when the file has all of it.
 type idIndex struct {
-	fs      FS
-	dir     string
-	written func() uint64 // records up to here are in the files
+	fs     FS
+	dir    string
+	window int
+	budget int
+	wait   time.Duration // how long a publisher waits for room
+	// written tells how far the files go, and whether they hold all that has
+	// ever been in them: after a failed sync they are written anew.
+	written func() (upTo uint64, whole bool)
+	aside   func(file, name string) // see PerVMOptions.OnAside
 
+	loads chan struct{} // has room for idLoads
+
+	mu     sync.Mutex
 	tables map[string]*idTable
 	used   list.List // of *idTable, most recently used first
-	count  int       // ids in all tables
+	bytes  int       // of all tables
+	room   chan struct{}
 
+	// The committer's.
 	looked  *idTable // of the last lookup
 	key     idKey
-	pending []idAdded // added since the last commit
+	pending []*idTable // of each id added since the last commit
 }
 
-type idTable struct {
-	vm    string
-	seqs  map[idKey]uint64
-	order []idKey // oldest first from start on, a ring once full
-	start int
-	last  uint64 // the newest number in it
-	elem  *list.Element
+func newIDIndex(fsys FS, dir string, wait time.Duration, written func() (uint64, bool)) *idIndex {
+	return &idIndex{
+		fs: fsys, dir: dir, window: idWindow, budget: idBudget, wait: wait, written: written,
+		loads: make(chan struct{}, idLoads), tables: make(map[string]*idTable), room: make(chan struct{}),
+	}
 }
 
-type idAdded struct {
-	t   *idTable
-	key idKey
-}
+func (x *idIndex) path(vm string) string { return filepath.Join(x.dir, vm+idSuffix) }
 
-func newIDIndex(fsys FS, dir string, written func() uint64) *idIndex {
-	return &idIndex{fs: fsys, dir: dir, written: written, tables: make(map[string]*idTable)}
-}
-
-func hashID(id []byte) idKey {
-	sum := sha256.Sum256(id)
-	return idKey(sum[:idHash])
-}
-
-// lookup gives the number of the first record with this VM and id, 0 if there
-// is none.
-func (x *idIndex) lookup(vm string, id []byte) (uint64, error) {
-	t := x.tables[vm]
-	if t == nil {
-		var err error
-		if t, err = x.load(vm); err != nil {
-			return 0, fmt.Errorf("loading the ids of %s: %w", vm, err)
+// acquire makes the tables that b needs ready and keeps them until release. A
+// table that cannot be read refuses its own VM's records only. The error is
+// ctx's.
+func (x *idIndex) acquire(ctx context.Context, b *Batch) error {
+	for i := range b.Entries {
+		e := &b.Entries[i]
+		if len(e.ID) == 0 || b.table(e.VM) != nil {
+			continue
 		}
+		t, err := x.table(ctx, e.VM, len(b.tables) > 0)
+		if err != nil {
+			x.release(b)
+			return err
+		}
+		b.tables = append(b.tables, t)
+	}
+	return nil
+}
+
+// table gives b's table of a VM; nil if it has none.
+func (b *Batch) table(vm string) *idTable {
+	for _, t := range b.tables {
+		if t.vm == vm {
+			return t
+		}
+	}
+	return nil
+}
+
+// table gives a VM's table, pinned and loaded. If holding, the caller has
+// others pinned and does not wait for room, which it might itself be keeping.
+func (x *idIndex) table(ctx context.Context, vm string, holding bool) (*idTable, error) {
+	x.mu.Lock()
+	t := x.tables[vm]
+	mine := t == nil
+	if mine {
+		t = &idTable{vm: vm, ready: make(chan struct{})}
 		x.tables[vm] = t
 		t.elem = x.used.PushFront(t)
-		x.count += len(t.seqs)
+	}
+	t.pins++
+	x.used.MoveToFront(t.elem)
+	x.mu.Unlock()
+	if mine {
+		x.load(t, holding)
+		close(t.ready)
+	}
+	select {
+	case <-t.ready:
+		return t, nil
+	case <-ctx.Done():
+		x.unpin(t)
+		return nil, ctx.Err()
+	}
+}
+
+// load fills t from its file once there is room.
+func (x *idIndex) load(t *idTable, holding bool) {
+	if !holding && !x.awaitRoom() {
+		t.err = errors.New("the ids of other VMs take all the memory, and cannot be written to disk")
+		return
+	}
+	x.loads <- struct{}{}
+	defer func() { <-x.loads }()
+	_, before := x.written()
+	data, err := x.read(t.vm, x.window)
+	_, after := x.written()
+	switch {
+	case err != nil:
+		t.err = fmt.Errorf("loading the ids of %s: %w", t.vm, err)
+		return
+	case !before || !after:
+		t.err = fmt.Errorf("the ids of %s are being written anew after a failure of the disk; try again", t.vm)
+		return
+	}
+	t.fill(data)
+	x.mu.Lock()
+	x.account(t)
+	x.evict()
+	x.mu.Unlock()
+}
+
+// awaitRoom waits until the tables are within the budget, false if that takes
+// too long: what is in the commit or not on disk yet cannot be dropped.
+func (x *idIndex) awaitRoom() bool {
+	var late <-chan time.Time
+	for {
+		x.mu.Lock()
 		x.evict()
-	} else if x.used.Front() != t.elem {
-		x.used.MoveToFront(t.elem)
+		fits, room := x.bytes <= x.budget, x.room
+		x.mu.Unlock()
+		if fits {
+			return true
+		}
+		if late == nil {
+			late = time.After(x.wait)
+		}
+		select {
+		case <-room:
+		case <-late:
+			return false
+		}
 	}
-	x.looked, x.key = t, hashID(id)
-	return t.seqs[x.key], nil
 }
 
-// add remembers the id of the last lookup under seq until rollback or commit.
-func (x *idIndex) add(seq uint64) {
-	x.count += x.looked.add(x.key, seq)
-	x.pending = append(x.pending, idAdded{x.looked, x.key})
-}
-
-func (x *idIndex) commit() { x.pending = x.pending[:0] }
-
-// rollback forgets what was added since the last commit. What those pushed out
-// of a full window is not brought back: the window is twice what is promised.
-func (x *idIndex) rollback() {
-	for _, a := range x.pending {
-		delete(a.t.seqs, a.key)
-		x.count--
+// release lets go of what acquire has kept for b. The log is done with it.
+func (x *idIndex) release(b *Batch) {
+	for i, t := range b.tables {
+		x.unpin(t)
+		b.tables[i] = nil
 	}
-	x.pending = x.pending[:0]
+	b.tables = b.tables[:0]
 }
 
-// add remembers key and gives by how much the table grew.
-func (t *idTable) add(key idKey, seq uint64) int {
-	t.last = max(t.last, seq)
-	t.seqs[key] = seq
-	if len(t.order) < 2*idWindow {
-		t.order = append(t.order, key)
-		return 1
+func (x *idIndex) unpin(t *idTable) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	t.pins--
+	select {
+	case <-t.ready:
+	default:
+		return // still being loaded by another, who holds it too
 	}
-	before := len(t.seqs)
-	delete(t.seqs, t.order[t.start])
-	t.order[t.start] = key
-	t.start = (t.start + 1) % len(t.order)
-	return 1 + len(t.seqs) - before
+	if t.err != nil && t.pins == 0 { // the next one tries again
+		x.drop(t)
+		return
+	}
+	x.account(t)
+	x.evict()
+	x.roomMade()
 }
 
-// evict drops the tables used longest ago that are whole on disk.
+// account brings the count of bytes up to date with t. Call with mu held.
+func (x *idIndex) account(t *idTable) {
+	x.bytes += t.size() - t.counted
+	t.counted = t.size()
+}
+
+func (x *idIndex) drop(t *idTable) {
+	x.used.Remove(t.elem)
+	delete(x.tables, t.vm)
+	x.bytes -= t.counted
+}
+
+// evict drops the tables used longest ago that nobody uses and that are whole on
+// disk, while there are too many. Call with mu held.
 func (x *idIndex) evict() {
-	for e := x.used.Back(); e != nil && x.count > idBudget; {
+	upTo, whole := x.written()
+	for e := x.used.Back(); whole && e != nil && x.bytes > x.budget; {
 		t, prev := e.Value.(*idTable), e.Prev()
-		if e != x.used.Front() && t.last <= x.written() {
-			x.used.Remove(e)
-			delete(x.tables, t.vm)
-			x.count -= len(t.seqs)
+		if t.pins == 0 && t.last <= upTo {
+			x.drop(t)
 		}
 		e = prev
 	}
 }
 
-func (x *idIndex) path(vm string) string { return filepath.Join(x.dir, vm+".ids") }
-
-// load reads a VM's file; none is an empty table.
-func (x *idIndex) load(vm string) (*idTable, error) {
-	t := &idTable{vm: vm, seqs: make(map[idKey]uint64)}
-	data, err := readIDs(x.fs, x.path(vm))
-	for ; len(data) > 0; data = data[idEntry:] {
-		t.add(idKey(data), binary.BigEndian.Uint64(data[idHash:]))
+// roomMade wakes those who wait for room. Call with mu held.
+func (x *idIndex) roomMade() {
+	if x.bytes <= x.budget {
+		close(x.room)
+		x.room = make(chan struct{})
 	}
-	return t, err
 }
 
-// readIDs gives the whole entries of an id file whose numbers rise: a power
-// cut may leave anything behind the last one that was synced.
-func readIDs(fsys FS, path string) ([]byte, error) {
-	f, err := fsys.OpenFile(path, os.O_RDONLY, 0)
+// advanced is called when the files hold more than before.
+func (x *idIndex) advanced() {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if x.bytes > x.budget {
+		x.evict()
+		x.roomMade()
+	}
+}
+
+// lookup gives the number of the first record of b's VM and id, 0 if there is
+// none. The committer calls it.
+func (x *idIndex) lookup(b *Batch, e *Entry) (uint64, error) {
+	t := b.table(e.VM)
+	if t.err != nil {
+		return 0, t.err
+	}
+	x.looked, x.key = t, hashID(e.ID)
+	return t.find(x.key), nil
+}
+
+// add remembers the id of the last lookup under seq until rollback or commit.
+func (x *idIndex) add(seq uint64) {
+	x.looked.add(x.key, seq, x.window)
+	x.pending = append(x.pending, x.looked)
+}
+
+func (x *idIndex) commit() {
+	clear(x.pending)
+	x.pending = x.pending[:0]
+}
+
+// rollback forgets what was added since the last commit. What those pushed out
+// of a full table is not brought back: a table holds more than is promised.
+func (x *idIndex) rollback() {
+	for _, t := range x.pending {
+		t.entries = t.entries[:len(t.entries)-1]
+	}
+	for _, t := range x.pending {
+		t.reindex(len(t.index))
+	}
+	x.commit()
+}
+
+// endOfIDs gives where the newest entry of at most upTo ends in a file of ids.
+func endOfIDs(f File, size int64, upTo uint64) (int64, error) {
+	const longest = 2*idWindow*idEntry + maxBuffered // what is behind it is not ours
+	data, err := risingIDs(f, 0, min(size, longest))
+	n := sort.Search(len(data)/idEntry, func(i int) bool {
+		return binary.BigEndian.Uint64(data[i*idEntry+idHash:]) > upTo
+	})
+	return int64(n * idEntry), err
+}
+
+// read gives the newest n entries of a VM's file; no file has none.
+func (x *idIndex) read(vm string, n int) ([]byte, error) {
+	f, err := openOwn(x.fs, x.path(vm), os.O_RDONLY, x.aside)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
@@ -161,8 +304,14 @@ func readIDs(fsys FS, path string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	data := make([]byte, size-size%idEntry)
-	if n, err := f.ReadAt(data, 0); err != nil && !errors.Is(err, io.EOF) {
+	return risingIDs(f, max(0, size-size%idEntry-int64(n*idEntry)), size)
+}
+
+// risingIDs gives the whole entries from an offset on whose numbers rise: a
+// power cut may leave anything behind the last one that was synced.
+func risingIDs(f File, off, size int64) ([]byte, error) {
+	data := make([]byte, (size-off)-(size-off)%idEntry)
+	if n, err := f.ReadAt(data, off); err != nil && !errors.Is(err, io.EOF) {
 		return nil, err
 	} else if n < len(data) {
 		data = data[:n-n%idEntry]

@@ -55,6 +55,8 @@ type Batch struct {
 	Entries []Entry
 	// done has room for one token, so that the committer never waits.
 	done chan struct{}
+	// tables are those of the ids in Entries, while the log has the batch.
+	tables []*idTable
 }
 
 // Done is closed by nobody: it gives one token when the log is done with a batch
@@ -98,7 +100,7 @@ type Options struct {
 
 // State tells how the log is.
 type State struct {
-	// Degraded says in a few words what is wrong; empty: all is well.
+	// Degraded is the [Cause] of what is wrong; empty: all is well.
 	Degraded string
 	Err      error
 }
@@ -131,13 +133,29 @@ type Log struct {
 	done     chan struct{} // closed when the committer has ended
 	closeErr error         // valid once done is closed
 
-	perVM *perVM
-	c     committer
+	perVM    *perVM
+	released atomic.Uint64 // see Release
+	around   chan struct{} // room for one token: more may be expired than before
+	c        committer
 }
 
 // Open opens or creates the log in opts.Dir and recovers what a crash left.
 // Only one process may have a log open.
 func Open(opts Options) (*Log, *Recovery, error) {
+	l, rec, err := open(opts)
+	if err != nil {
+		return nil, nil, err
+	}
+	go l.run()
+	go l.reportState()
+	if l.perVM != nil {
+		go l.perVM.run()
+	}
+	return l, rec, nil
+}
+
+// open is Open without the goroutines.
+func open(opts Options) (*Log, *Recovery, error) {
 	if opts.FS == nil {
 		opts.FS = OS
 	}
@@ -147,7 +165,7 @@ func Open(opts Options) (*Log, *Recovery, error) {
 	if opts.Recent == 0 {
 		opts.Recent = 8 << 20
 	}
-	if err := opts.FS.MkdirAll(opts.Dir, dirPerm); err != nil {
+	if err := makeDir(opts.FS, opts.Dir); err != nil {
 		return nil, nil, fmt.Errorf("creating the log's directory: %w", err)
 	}
 	l := &Log{
@@ -160,7 +178,9 @@ func Open(opts Options) (*Log, *Recovery, error) {
 		done:      make(chan struct{}),
 		changed:   make(chan struct{}, 1),
 		reported:  make(chan struct{}),
+		around:    make(chan struct{}, 1),
 	}
+	l.c.syncTimer, l.c.retryTimer, l.c.expireTimer = stoppedTimer(), stoppedTimer(), stoppedTimer()
 	l.state.Store(&State{})
 	l.gate.Store(&stallGate{stalled: make(chan struct{})})
 	l.stall = time.AfterFunc(time.Hour, l.stalled)
@@ -174,8 +194,6 @@ func Open(opts Options) (*Log, *Recovery, error) {
 			return nil, nil, fmt.Errorf("opening the VMs' streams: %w", errors.Join(err, l.c.closeFile()))
 		}
 	}
-	go l.run()
-	go l.reportState()
 	return l, rec, nil
 }
 
@@ -211,6 +229,20 @@ func (l *Log) enqueue(ctx context.Context, b *Batch, gate *stallGate) error {
 	if gate.shut() {
 		return ErrNotQueued
 	}
+	if l.perVM == nil {
+		return l.offer(ctx, b, gate)
+	}
+	if err := l.perVM.ids.acquire(ctx, b); err != nil {
+		return err
+	}
+	err := l.offer(ctx, b, gate)
+	if err != nil {
+		l.perVM.ids.release(b)
+	}
+	return err
+}
+
+func (l *Log) offer(ctx context.Context, b *Batch, gate *stallGate) error {
 	select {
 	case l.queue <- b:
 		return nil

@@ -1,11 +1,9 @@
 package eventlog
 
 import (
-	"encoding/json"
 	"errors"
-	"fmt"
-	"io/fs"
-	"os"
+	"path/filepath"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -25,6 +23,11 @@ type PerVMOptions struct {
 	Owner func(topic []byte) (vm []byte, ok bool)
 	// OnError is called when copying fails and when it goes on (nil).
 	OnError func(error)
+	// OnAside is called when something that is no file was renamed, because a file
+	// belongs in its place.
+	OnAside func(file, name string)
+
+	idWindow int // 0: idWindow
 }
 
 const (
@@ -48,6 +51,10 @@ type perVM struct {
 	ids  *idIndex // the committer's
 
 	position atomic.Uint64 // records up to here are in the files
+	furthest atomic.Uint64 // the largest that position has been
+	saved    atomic.Uint64 // the position on disk is at least this
+	resets   atomic.Uint64 // how often position has gone back
+	wanted   atomic.Bool   // a checkpoint, soon
 	wake     chan struct{} // room for one token: more wake-ups would say the same
 	quit     chan struct{}
 	done     chan struct{}
@@ -58,33 +65,91 @@ type perVM struct {
 	open     openFiles
 	filled   []*vmStream // with something in their buffers
 	buffered int
-	since    int64 // bytes copied since the last checkpoint
-	unsynced map[*vmStream]struct{}
+	since    int64    // bytes copied since the last checkpoint
+	unsynced []string // VMs whose files were written since the last checkpoint; one may be there twice
+	newDirs  bool     // there are VMs' directories whose names are not synced
+	newIDs   bool     // the same of files of ids
+	synced   uint64   // records up to here are durably in the files; may be beyond saved
+	lost     bool     // a sync has failed since then
 	failed   bool
+
+	unswept []string  // VMs whose streams this round has still to look at
+	quiet   time.Time // streams not known have not been written to since
 }
 
 func openPerVM(l *Log, opts PerVMOptions) (*perVM, error) {
 	p := &perVM{
 		log: l, opts: opts,
 		wake: make(chan struct{}, 1), quit: make(chan struct{}), done: make(chan struct{}),
-		streams: make(map[string]*vmStream), unsynced: make(map[*vmStream]struct{}),
+		streams: make(map[string]*vmStream), quiet: l.startedAt,
 	}
-	p.ids = newIDIndex(l.opts.FS, opts.IDDir, p.position.Load)
-	for _, dir := range []string{opts.Dir, opts.IDDir} {
-		if err := l.opts.FS.MkdirAll(dir, dirPerm); err != nil {
+	p.ids = newIDIndex(l.opts.FS, opts.IDDir, l.opts.StallAfter, p.filesHold)
+	p.ids.aside = opts.OnAside
+	if opts.idWindow > 0 {
+		p.ids.window = opts.idWindow
+	}
+	for _, dir := range []string{opts.Dir, opts.IDDir, filepath.Dir(opts.PositionFile)} {
+		if err := makeDir(l.opts.FS, dir); err != nil {
 			return nil, err
 		}
 	}
-	position, err := p.loadPosition()
+	p.newDirs, p.newIDs = true, true // of a run that was killed
+	saved, err := p.loadPosition()
 	if err != nil {
 		return nil, err
 	}
-	p.position.Store(min(position, l.Committed()))
+	// Where the position file is lost, what the host stream no longer has must
+	// not be copied again, nor cut off for that.
+	position := max(min(saved.Seq, l.Committed()), max(1, l.Oldest())-1)
+	p.position.Store(position)
+	p.saved.Store(position)
+	p.synced = position
+	behind := saved.Lazy || saved.Seq > l.Committed() // the host stream may have come back with less than was copied
+	if behind {
+		if err := p.loadAll(); err != nil {
+			return nil, err
+		}
+	}
+	if behind || saved.Lazy != l.Lazy() {
+		if err := p.checkpoint(); err != nil {
+			return nil, err
+		}
+	}
 	if err := p.copyNew(); err != nil { // the ids must be whole before the first publish
 		return nil, err
 	}
-	go p.run()
 	return p, nil
+}
+
+// loadAll looks at every VM's files, so that nothing is left in them that the
+// host stream does not have.
+func (p *perVM) loadAll() error {
+	for _, dir := range []string{p.opts.Dir, p.opts.IDDir} {
+		entries, err := p.log.opts.FS.ReadDir(dir)
+		if err != nil {
+			return err
+		}
+		for _, e := range entries {
+			vm, ids := strings.CutSuffix(e.Name(), idSuffix)
+			if ids == e.IsDir() {
+				continue // nothing of ours
+			}
+			if _, err := p.stream([]byte(vm)); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// hurry asks for a checkpoint.
+func (p *perVM) hurry() {
+	p.wanted.Store(true)
+	p.notify()
+}
+
+func (p *perVM) retention() retention {
+	return retention{size: p.opts.Retention, age: p.opts.MaxAge, before: noNumber}
 }
 
 // notify tells that something was committed.
@@ -99,6 +164,7 @@ func (p *perVM) run() {
 	defer close(p.done)
 	checkpoint := stoppedTimer()
 	retry := stoppedTimer()
+	sweep := time.NewTimer(0)
 	armed := false
 	for {
 		select {
@@ -108,11 +174,18 @@ func (p *perVM) run() {
 			armed = false
 			p.note(p.checkpoint(), retry)
 			continue
+		case <-sweep.C:
+			next, err := p.sweep()
+			if err != nil && p.log.opts.OnError != nil {
+				p.log.opts.OnError(err)
+			}
+			sweep.Reset(next)
+			continue
 		case <-p.quit:
 			return
 		}
 		p.note(p.copyNew(), retry)
-		if p.since > checkpointBytes {
+		if p.since > checkpointBytes || p.wanted.Swap(false) {
 			p.note(p.checkpoint(), retry)
 		}
 		if p.since > 0 && !armed {
@@ -136,10 +209,15 @@ func (p *perVM) note(err error, retry *time.Timer) {
 	}
 }
 
-// close copies what is left and makes it durable. The committer has ended.
-func (p *perVM) close() error {
+// stop ends the goroutine.
+func (p *perVM) stop() {
 	close(p.quit)
 	<-p.done
+}
+
+// finish copies what is left and makes it durable. The committer and the
+// goroutine have ended.
+func (p *perVM) finish() error {
 	err := p.copyNew()
 	if err == nil {
 		err = p.checkpoint()
@@ -149,7 +227,8 @@ func (p *perVM) close() error {
 }
 
 // copyNew copies everything committed since position. After an error the files
-// are looked at anew, and copying begins again at position.
+// are looked at anew, and copying begins again at position; after a failed sync
+// that is where the last checkpoint was.
 func (p *perVM) copyNew() (err error) {
 	r := p.log.NewReader(p.position.Load() + 1)
 	defer r.Close()
@@ -169,6 +248,7 @@ func (p *perVM) copyNew() (err error) {
 			return err
 		}
 		if ok {
+			p.since += int64(len(rec.Line))
 			if err := p.put(&rec); err != nil {
 				return err
 			}
@@ -177,12 +257,26 @@ func (p *perVM) copyNew() (err error) {
 			if err := p.flush(); err != nil {
 				return err
 			}
-			p.position.Store(r.Position() - 1)
+			p.advance(r.Position() - 1)
 		}
 		if !ok {
 			return nil
 		}
 	}
+}
+
+// advance notes that the files hold the records up to position.
+func (p *perVM) advance(position uint64) {
+	p.position.Store(position)
+	p.furthest.Store(max(position, p.furthest.Load()))
+	p.ids.advanced()
+}
+
+// filesHold tells up to which record the files hold all, and whether they have
+// ever gone further.
+func (p *perVM) filesHold() (upTo uint64, whole bool) {
+	upTo = p.position.Load()
+	return upTo, upTo >= p.furthest.Load()
 }
 
 func (p *perVM) put(rec *Record) error {
@@ -215,11 +309,8 @@ func (p *perVM) put(rec *Record) error {
 	return nil
 }
 
-// append buffers rec for s, unless a run before a crash already wrote it.
+// append buffers rec for s.
 func (p *perVM) append(s *vmStream, rec *Record) error {
-	if rec.Seq <= s.last {
-		return nil
-	}
 	n := len(rec.Line) + 1
 	used := int64(len(s.buf))
 	if !s.full { // otherwise what is buffered begins a segment
@@ -236,9 +327,7 @@ func (p *perVM) append(s *vmStream, rec *Record) error {
 	}
 	p.fill(s)
 	s.buf = append(append(s.buf, rec.Line...), '\n')
-	s.last = rec.Seq
 	p.buffered += n
-	p.since += int64(n)
 	return nil
 }
 
@@ -259,64 +348,40 @@ func (p *perVM) flush() error {
 			return err
 		}
 		s.listed = false
-		p.unsynced[s] = struct{}{}
+		p.written(s)
 	}
 	p.filled, p.buffered = p.filled[:0], 0
 	return nil
 }
 
+// distrust notes that a sync has failed: what was written since the last
+// checkpoint may be lost, whatever the page cache shows.
+func (p *perVM) distrust(err error) error {
+	p.lost = true
+	return err
+}
+
+// written puts s on the list of those that the next checkpoint syncs.
+func (p *perVM) written(s *vmStream) {
+	if !s.unsynced {
+		s.unsynced = true
+		p.unsynced = append(p.unsynced, s.vm)
+	}
+}
+
 // forget drops what is buffered and known of the files, after an error.
 func (p *perVM) forget() {
+	p.quiet = time.Now()
+	if p.lost {
+		p.lost = false
+		p.unsynced = nil
+		p.position.Store(p.synced)
+		p.resets.Add(1)
+	}
 	p.open.closeAll()
 	p.mu.Lock()
 	clear(p.streams)
 	p.mu.Unlock()
-	clear(p.unsynced)
 	p.filled, p.buffered = nil, 0
-}
-
-// checkpoint makes what was copied durable, and then the position.
-func (p *perVM) checkpoint() error {
-	for s := range p.unsynced {
-		if err := s.sync(&p.open); err != nil {
-			p.forget()
-			return err
-		}
-		delete(p.unsynced, s)
-	}
-	if err := p.savePosition(); err != nil {
-		return fmt.Errorf("saving how far the VMs' streams are: %w", err)
-	}
-	p.since = 0
-	return nil
-}
-
-type savedPosition struct {
-	Seq uint64 `json:"seq"`
-}
-
-func (p *perVM) loadPosition() (uint64, error) {
-	f, err := p.log.opts.FS.OpenFile(p.opts.PositionFile, os.O_RDONLY, 0)
-	if errors.Is(err, fs.ErrNotExist) {
-		return 0, nil
-	}
-	if err != nil {
-		return 0, err
-	}
-	defer func() { _ = f.Close() }() // opened for reading
-	var b [64]byte
-	n, _ := f.ReadAt(b[:], 0)
-	var pos savedPosition
-	if json.Unmarshal(b[:n], &pos) != nil {
-		return 0, nil // copy everything once more: slow, and never wrong
-	}
-	return pos.Seq, nil
-}
-
-func (p *perVM) savePosition() error {
-	b, err := json.Marshal(savedPosition{p.position.Load()})
-	if err != nil {
-		return err
-	}
-	return replaceFile(p.log.opts.FS, p.opts.PositionFile, append(b, '\n'))
+	p.newDirs, p.newIDs = true, true // as far as is known
 }

@@ -21,7 +21,9 @@ type Reader struct {
 
 	mem  *chunk // holds next, or nil
 	disk *cursor
-	vm   *vmReader // reads a VM's own stream first; nil: not, or no longer
+	// asked is the disk's file offset when memory was last asked instead.
+	asked int64
+	vm    *vmReader // reads a VM's own stream first; nil: not, or no longer
 	// ahead is a record read from disk beyond a gap that is still to be told.
 	ahead    Record
 	hasAhead bool
@@ -82,12 +84,22 @@ func (r *Reader) Next(rec *Record) (bool, error) {
 			r.Close()
 			return false, nil
 		}
-		if r.mem = r.log.recent.find(r.next); r.mem != nil {
-			if r.disk != nil {
-				r.disk.close()
-				r.disk = nil
+		// Of what was read from the disk at once only the first record asks whether
+		// memory has it, or whether it has expired: both take locks.
+		if r.disk == nil || r.disk.off != r.asked {
+			if r.mem = r.log.recent.find(r.next); r.mem != nil {
+				if r.disk != nil {
+					r.disk.close()
+					r.disk = nil
+				}
+				continue
 			}
-			continue
+			if oldest := r.log.stream.oldest(); r.next < oldest {
+				return false, r.skipTo(oldest)
+			}
+			if r.disk != nil {
+				r.asked = r.disk.off
+			}
 		}
 		if ok, err := r.fromDisk(rec, committed); ok || err != nil {
 			return ok, err
@@ -98,9 +110,6 @@ func (r *Reader) Next(rec *Record) (bool, error) {
 // fromDisk reads the next record from a segment. It gives false without an
 // error where it is worth looking in memory again.
 func (r *Reader) fromDisk(rec *Record, committed uint64) (bool, error) {
-	if oldest := r.log.stream.oldest(); r.next < oldest {
-		return false, r.skipTo(oldest)
-	}
 	if r.disk == nil {
 		r.disk = &cursor{st: &r.log.stream, next: r.next}
 	}

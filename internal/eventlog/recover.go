@@ -53,13 +53,21 @@ func (l *Log) recover() (*Recovery, error) {
 			rec.Cut, err = l.cut(f, path, t.end, seg.size)
 		}
 	}
+	// What a killed daemon wrote but had not synced is read back as if it were on
+	// disk; it must be before anybody is told of it. It is written again, because
+	// its sync may have failed: then no other writes it (see File.Sync).
 	if err == nil {
-		// What a killed daemon wrote but had not synced is read back as if it
-		// were on disk; it must be before anybody is told of it.
+		err = rewrite(f, t.sure, t.end)
+	}
+	if err == nil {
 		err = f.Sync()
 	}
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("recovering %s: %w", path, err), f.Close())
+	}
+	// Nor may its name get lost, if it was killed between making and syncing it.
+	if err := l.stream.syncDir(); err != nil {
+		return nil, errors.Join(err, f.Close())
 	}
 	l.stream.grown(t.end, seg.modified)
 	l.c.file, l.c.size, l.c.reserved, l.c.next = f, t.end, t.end, t.last+1
@@ -73,6 +81,7 @@ func (l *Log) recover() (*Recovery, error) {
 type tail struct {
 	last    uint64  // the newest record to keep
 	end     int64   // where it ends
+	sure    int64   // a mark says that what is before this is durable
 	damaged []int64 // offsets of lines before it that are no records
 }
 
@@ -92,7 +101,7 @@ func scanTail(f File, size int64, first uint64) (tail, error) {
 			doubt.at, doubt.back = off, t
 		}
 	}
-	err := eachLine(f, size, func(off int64, line []byte, whole bool) {
+	err := eachLine(f, 0, size, func(off int64, line []byte, whole bool) {
 		var rec Record
 		if !whole || parseRecord(line, &rec, true) != nil || rec.Seq <= t.last {
 			suspect(off)
@@ -105,6 +114,9 @@ func scanTail(f File, size int64, first uint64) (tail, error) {
 			t.damaged = append(t.damaged, doubt.at)
 			doubt.at = -1
 		}
+		if rec.Synced == rec.Seq-1 {
+			t.sure = off
+		}
 		t.last, t.end = rec.Seq, off+int64(len(line))+1
 	})
 	if doubt.at >= 0 {
@@ -113,11 +125,11 @@ func scanTail(f File, size int64, first uint64) (tail, error) {
 	return t, err
 }
 
-// eachLine calls fn for every line of the file's first size bytes, without its
-// newline; whole is false for a last line that has none, and for a piece of
-// one longer than any record.
-func eachLine(f File, size int64, fn func(off int64, line []byte, whole bool)) error {
-	c := &cursor{st: &stream{}, f: f, limit: size, until: ^uint64(0)}
+// eachLine calls fn for every line from the offset from, where one begins, to
+// size, without its newline; whole is false for a last line that has none, and
+// for a piece of one longer than any record.
+func eachLine(f File, from, size int64, fn func(off int64, line []byte, whole bool)) error {
+	c := &cursor{st: &stream{}, f: f, off: from, limit: size, until: ^uint64(0)}
 	c.buf = buffers.Get().(*[]byte)
 	defer buffers.Put(c.buf)
 	for {
@@ -166,6 +178,23 @@ func (l *Log) cut(f File, path string, end, size int64) (*Cut, error) {
 		return nil, err
 	}
 	return &Cut{Damage: Damage{File: path, Offset: end}, Bytes: size - end, Aside: name}, nil
+}
+
+// rewrite writes the file's bytes from one offset to another over themselves.
+func rewrite(f File, from, to int64) error {
+	bufp := buffers.Get().(*[]byte)
+	defer buffers.Put(bufp)
+	for from < to {
+		n, err := f.ReadAt((*bufp)[:min(int64(len(*bufp)), to-from)], from)
+		if n == 0 {
+			return err
+		}
+		if _, err := f.WriteAt((*bufp)[:n], from); err != nil {
+			return err
+		}
+		from += int64(n)
+	}
+	return nil
 }
 
 func (l *Log) createAside(path string) (File, string, error) {

@@ -64,7 +64,7 @@ func (l *Log) stateChanged() {
 // State tells how the log is.
 func (l *Log) State() State {
 	if l.gate.Load().shut() {
-		return State{Degraded: "disk stalled", Err: ErrStalled}
+		return State{Degraded: CauseStalled, Err: ErrStalled}
 	}
 	return *l.state.Load()
 }

@@ -38,6 +38,13 @@ type stream struct {
 
 	mu   sync.RWMutex
 	segs []segment
+
+	// private: it is a reader's own list, of a stream that nobody was writing.
+	private bool
+
+	// unsynced: names were made or removed since the directory was last synced,
+	// or may have been by a run that was killed. It is the writer's.
+	unsynced bool
 }
 
 func segmentName(first uint64) string {
@@ -58,6 +65,7 @@ func (s *stream) path(first uint64) string { return filepath.Join(s.dir, segment
 
 // load lists the directory; one that does not exist is an empty stream.
 func (s *stream) load() error {
+	s.unsynced = true
 	entries, err := s.fs.ReadDir(s.dir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -87,9 +95,10 @@ func (s *stream) load() error {
 	return nil
 }
 
-// create makes the segment that begins at first and makes its name durable. A
-// file of that name can only be the remains of a write that failed before any
-// record of it was durable; it is replaced.
+// create makes the segment that begins at first; until the directory is synced
+// its name may be lost, and with it what is in it. A file of that name can only
+// be the remains of a write that failed before any record of it was durable; it
+// is replaced.
 func (s *stream) create(first uint64) (File, error) {
 	name := s.path(first)
 	f, err := s.fs.OpenFile(name, os.O_RDWR|os.O_CREATE|os.O_EXCL, filePerm)
@@ -101,11 +110,7 @@ func (s *stream) create(first uint64) (File, error) {
 	if err != nil {
 		return nil, fmt.Errorf("creating segment: %w", err)
 	}
-	// Without this a crash could lose the name, and with it every record that
-	// was synced into the file.
-	if err := s.fs.SyncDir(s.dir); err != nil {
-		return nil, errors.Join(fmt.Errorf("making segment %s durable: %w", name, err), f.Close())
-	}
+	s.unsynced = true
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if n := len(s.segs); n > 0 && s.segs[n-1].first == first {
@@ -115,6 +120,31 @@ func (s *stream) create(first uint64) (File, error) {
 	}
 	s.segs = append(s.segs, segment{first: first, modified: time.Now()})
 	return f, nil
+}
+
+// syncDir makes the segments' names, and the lack of those removed, durable.
+func (s *stream) syncDir() error {
+	if !s.unsynced {
+		return nil
+	}
+	if err := s.fs.SyncDir(s.dir); err != nil {
+		return fmt.Errorf("making the names in %s durable: %w", s.dir, err)
+	}
+	s.unsynced = false
+	return nil
+}
+
+// cutNewest removes the segments that hold nothing but records beyond upTo.
+func (s *stream) cutNewest(upTo uint64) (cut bool, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for n := len(s.segs); n > 0 && s.segs[n-1].first > upTo; n = len(s.segs) {
+		if err := s.fs.Remove(s.path(s.segs[n-1].first)); err != nil {
+			return cut, fmt.Errorf("cutting the stream back: %w", err)
+		}
+		s.segs, cut = s.segs[:n-1], true
+	}
+	return cut, nil
 }
 
 // grown records that the newest segment may be read up to size.
@@ -161,6 +191,14 @@ func (s *stream) oldest() uint64 {
 	return s.segs[0].first
 }
 
+// expiredBefore tells whether the segment that begins with first has expired.
+func (s *stream) expiredBefore(first uint64) bool {
+	if s.private {
+		_ = s.load() // the list stays as it was, and the caller tells of the file
+	}
+	return s.oldest() > first
+}
+
 // retention says which segments may go.
 type retention struct {
 	size int64         // bytes that a stream may hold; 0: any
@@ -174,32 +212,52 @@ type retention struct {
 const minSealed = time.Hour
 
 // expire removes whole segments, oldest first, never the newest, until the
-// stream is within r. Those it removed are off the list even where removing
-// the file failed, so that a broken directory cannot stall it.
-func (s *stream) expire(r retention, now time.Time) error {
-	var doomed []segment
+// stream is within r. It stops at the first that cannot be removed: a newer one
+// must not go before it, or the stream would have a hole. held tells whether
+// r.before kept one that should have gone.
+func (s *stream) expire(r retention, now time.Time) (held bool, err error) {
+	for {
+		doomed, held := s.doomed(r, now)
+		if doomed.first == 0 {
+			return held, nil
+		}
+		// Should a power cut undo the last removal and not this one, that would
+		// be a hole too.
+		err := s.syncDir()
+		if err == nil {
+			err = s.fs.Remove(s.path(doomed.first))
+			s.unsynced = true
+		}
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			s.mu.Lock()
+			s.segs = slices.Insert(s.segs, 0, doomed)
+			s.mu.Unlock()
+			return false, fmt.Errorf("expiring segment: %w", err)
+		}
+	}
+}
+
+// doomed takes the oldest segment off the list if r says that it is to go, so
+// that no reader begins with it any more.
+func (s *stream) doomed(r retention, now time.Time) (g segment, held bool) {
 	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.segs) < 2 {
+		return g, false
+	}
 	var total int64
 	for _, g := range s.segs {
 		total += g.size
 	}
-	for len(s.segs) > 1 && s.segs[1].first <= r.before {
-		g := s.segs[0]
-		tooBig := r.size > 0 && total > r.size
-		tooOld := r.age > 0 && now.Sub(g.modified) > r.age && time.Since(g.sealed) >= minSealed
-		if !tooBig && !tooOld {
-			break
-		}
-		doomed = append(doomed, g)
-		total -= g.size
-		s.segs = s.segs[1:]
+	tooBig := r.size > 0 && total > r.size
+	tooOld := r.age > 0 && now.Sub(s.segs[0].modified) > r.age && time.Since(s.segs[0].sealed) >= minSealed
+	if !tooBig && !tooOld {
+		return g, false
 	}
-	s.mu.Unlock()
-	var errs []error
-	for _, g := range doomed {
-		if err := s.fs.Remove(s.path(g.first)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			errs = append(errs, fmt.Errorf("expiring segment: %w", err))
-		}
+	if s.segs[1].first > r.before {
+		return g, true
 	}
-	return errors.Join(errs...)
+	g = s.segs[0]
+	s.segs = s.segs[1:]
+	return g, false
 }

@@ -14,6 +14,7 @@ type vmReader struct {
 	cursor cursor
 	until  uint64
 	begins uint64 // the first number that the stream can have
+	resets uint64 // of the copying, when it was made
 	ahead  Record
 	has    bool
 }
@@ -22,6 +23,10 @@ type vmReader struct {
 // and whatever else was committed lately: older records come from the VM's own
 // stream, which other VMs' traffic does not push out.
 func (l *Log) NewVMReader(vm string, seq uint64) (*Reader, error) {
+	var resets uint64
+	if l.perVM != nil {
+		resets = l.perVM.resets.Load()
+	}
 	st, position, err := l.vmStream(vm)
 	if err != nil {
 		return nil, err
@@ -37,7 +42,7 @@ func (l *Log) NewVMReader(vm string, seq uint64) (*Reader, error) {
 	if oldest == 0 || oldest > seq && seq >= l.Oldest() {
 		return r, nil
 	}
-	r.vm = &vmReader{cursor: cursor{st: st, next: seq}, until: position, begins: oldest}
+	r.vm = &vmReader{cursor: cursor{st: st, next: seq}, until: position, begins: oldest, resets: resets}
 	return r, nil
 }
 
@@ -49,13 +54,10 @@ func (l *Log) vmStream(vm string) (*stream, uint64, error) {
 		return nil, 0, nil
 	}
 	position := p.position.Load()
-	p.mu.Lock()
-	s := p.streams[vm]
-	p.mu.Unlock()
-	if s != nil {
+	if s := p.known(vm); s != nil {
 		return &s.st, position, nil
 	}
-	st := &stream{fs: l.opts.FS, dir: filepath.Join(p.opts.Dir, vm)}
+	st := &stream{fs: l.opts.FS, dir: filepath.Join(p.opts.Dir, vm), private: true}
 	if err := st.load(); err != nil {
 		return nil, 0, fmt.Errorf("opening the stream of %s: %w", vm, err)
 	}
@@ -72,10 +74,16 @@ func (r *Reader) fromVM(rec *Record) (bool, error) {
 	}
 	if v.begins > r.next {
 		gap := &Gap{From: r.next, To: v.begins - 1}
-		r.next = v.begins
+		r.next, v.cursor.next = v.begins, v.begins
 		return false, gap
 	}
 	err := v.cursor.read(rec)
+	if r.log.perVM.resets.Load() != v.resets {
+		// The files are being written anew: the host stream has what is there.
+		v.cursor.close()
+		r.vm = nil
+		return false, nil
+	}
 	damaged := v.cursor.damaged
 	if damaged && r.log.opts.OnDamage != nil {
 		r.log.opts.OnDamage(v.cursor.damagedAt)
@@ -88,16 +96,17 @@ func (r *Reader) fromVM(rec *Record) (bool, error) {
 		v.cursor.close()
 		r.vm = nil
 		r.next = v.until + 1
-		if damaged {
+		if damaged || v.cursor.expired {
 			return false, &Gap{From: from, To: v.until}
 		}
 		return false, nil
 	}
-	r.next = rec.Seq + 1
-	if damaged && rec.Seq > from {
+	if (damaged || v.cursor.expired) && rec.Seq > from {
 		v.ahead, v.has = *rec, true
+		r.next = rec.Seq // it is still to be given: who goes on from Position must not miss it
 		return false, &Gap{From: from, To: rec.Seq - 1}
 	}
+	r.next = rec.Seq + 1
 	return true, nil
 }
 

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"time"
@@ -22,33 +23,36 @@ type vmStream struct {
 	st   stream
 	p    *perVM
 	vm   string
-	last uint64 // the newest record, buffered ones included
-	size int64  // of the newest segment
-	full bool   // the next line begins a segment
+	size int64 // of the newest segment
+	full bool  // the next line begins a segment
 
 	buf      []byte // lines still to be written
 	bufFirst uint64
-	listed   bool
+	listed   bool // in perVM.filled
+	unsynced bool // its name is in perVM.unsynced
 
 	ids    []byte // entries still to be written
-	lastID uint64 // the newest number in the id file, buffered ones included
 	idSize int64
 
 	f    File
 	elem *list.Element // in openFiles while f is open
 }
 
+// known gives a VM's stream if its files were looked at; else nil.
+func (p *perVM) known(vm string) *vmStream {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.streams[vm]
+}
+
 // stream gives a VM's stream, looking at its files when it is first asked for.
 func (p *perVM) stream(vm []byte) (*vmStream, error) {
-	p.mu.Lock()
-	s := p.streams[string(vm)]
-	p.mu.Unlock()
-	if s != nil {
+	if s := p.known(string(vm)); s != nil {
 		return s, nil
 	}
-	s = &vmStream{p: p, vm: string(vm)}
+	s := &vmStream{p: p, vm: string(vm)}
 	s.st = stream{fs: p.log.opts.FS, dir: filepath.Join(p.opts.Dir, s.vm)}
-	if err := s.load(); err != nil {
+	if err := s.load(p.position.Load()); err != nil {
 		return nil, fmt.Errorf("opening the stream of %s: %w", vm, err)
 	}
 	p.mu.Lock()
@@ -57,10 +61,16 @@ func (p *perVM) stream(vm []byte) (*vmStream, error) {
 	return s, nil
 }
 
-// load finds the newest record on disk and cuts off a line that a crash left
-// unfinished: the host stream still has it.
-func (s *vmStream) load() error {
+// load looks at the files, and cuts off what is behind the record upTo: it may
+// have been written and never synced, so that a power cut may have left any part
+// of it, or be left of a write that failed, or be newer than what the host stream
+// has come back with. The host stream has it, and it is copied again.
+func (s *vmStream) load(upTo uint64) error {
 	if err := s.st.load(); err != nil {
+		return err
+	}
+	cut, err := s.st.cutNewest(upTo)
+	if err != nil {
 		return err
 	}
 	if segs := s.st.snapshot(); len(segs) > 0 {
@@ -69,24 +79,63 @@ func (s *vmStream) load() error {
 		if err != nil {
 			return err
 		}
-		last, end, err := lastRecord(f, g.size)
+		end, err := endOf(f, g.size, upTo)
 		if err == nil && end < g.size {
+			cut = true
 			err = f.Truncate(end)
 		}
 		if err = errors.Join(err, f.Close()); err != nil {
 			return err
 		}
 		s.st.grown(end, g.modified)
-		s.last, s.size = max(last, g.first-1), end
+		s.size = end
 	}
-	ids, err := readIDs(s.st.fs, s.p.ids.path(s.vm))
+	idsCut, err := s.loadIDs(upTo)
+	if cut || idsCut {
+		s.p.written(s)
+	}
+	return err
+}
+
+// loadIDs is load for the file of ids.
+func (s *vmStream) loadIDs(upTo uint64) (cut bool, err error) {
+	f, err := openOwn(s.st.fs, s.p.ids.path(s.vm), os.O_RDWR, s.p.ids.aside)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
 	if err != nil {
-		return err
+		return false, err
 	}
-	if s.idSize = int64(len(ids)); s.idSize > 0 {
-		s.lastID = binary.BigEndian.Uint64(ids[len(ids)-8:])
+	size, err := f.Size()
+	if err == nil {
+		s.idSize, err = endOfIDs(f, size, upTo)
 	}
-	return nil
+	if err == nil && s.idSize < size {
+		cut = true
+		err = f.Truncate(s.idSize)
+	}
+	return cut, errors.Join(err, f.Close())
+}
+
+// endOf gives where the newest record of at most upTo ends in the file's first
+// size bytes.
+func endOf(f File, size int64, upTo uint64) (int64, error) {
+	last, end, err := lastRecord(f, size)
+	if err != nil || last <= upTo && end == size { // nearly always
+		return end, err
+	}
+	from, err := seekSeq(f, size, upTo)
+	if err != nil {
+		return 0, err
+	}
+	end = 0
+	err = eachLine(f, from, size, func(off int64, line []byte, whole bool) {
+		var rec Record
+		if whole && parseRecord(line, &rec, true) == nil && rec.Seq <= upTo {
+			end = off + int64(len(line)) + 1
+		}
+	})
+	return end, err
 }
 
 // lastRecord gives the number of the newest whole record in the file's first
@@ -146,19 +195,25 @@ func (p *perVM) openFor(s *vmStream) error {
 		}
 		// Checkpoints sync the newest segment only.
 		if err := s.f.Sync(); err != nil {
-			return fmt.Errorf("syncing the stream of %s: %w", s.vm, err)
+			return p.distrust(fmt.Errorf("syncing the stream of %s: %w", s.vm, err))
 		}
 		p.open.close(s)
-	} else if err := s.st.fs.MkdirAll(s.st.dir, dirPerm); err != nil {
-		return fmt.Errorf("creating the stream of %s: %w", s.vm, err)
+	} else {
+		err := s.st.fs.Mkdir(s.st.dir, dirPerm)
+		if err != nil && !errors.Is(err, fs.ErrExist) {
+			return fmt.Errorf("creating the stream of %s: %w", s.vm, err)
+		}
+		p.newDirs = true
 	}
+	// The next checkpoint makes the names durable.
 	f, err := s.st.create(s.bufFirst)
 	if err != nil {
 		return fmt.Errorf("continuing the stream of %s: %w", s.vm, err)
 	}
 	p.open.add(s, f)
 	s.size, s.full = 0, false
-	return s.st.expire(retention{size: p.opts.Retention, age: p.opts.MaxAge, before: s.bufFirst}, time.Now())
+	_, err = s.st.expire(p.retention(), time.Now())
+	return err
 }
 
 func (p *perVM) openNewest(s *vmStream, first uint64) error {
@@ -174,7 +229,7 @@ func (p *perVM) openNewest(s *vmStream, first uint64) error {
 	return nil
 }
 
-// sync makes the newest segment and the ids durable.
+// sync makes the newest segment, the names of all and the ids durable.
 func (s *vmStream) sync(open *openFiles) error {
 	if segs := s.st.snapshot(); len(segs) > 0 {
 		if err := s.p.openNewest(s, segs[len(segs)-1].first); err != nil {
@@ -185,21 +240,24 @@ func (s *vmStream) sync(open *openFiles) error {
 			return fmt.Errorf("syncing the stream of %s: %w", s.vm, err)
 		}
 	}
-	if s.idSize == 0 {
-		return nil
+	if err := s.st.syncDir(); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("syncing the stream of %s: %w", s.vm, err)
 	}
 	f, err := s.st.fs.OpenFile(s.p.ids.path(s.vm), os.O_RDWR, filePerm)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
 	if err != nil {
 		return err
 	}
-	return errors.Join(f.Sync(), f.Close())
+	if err := errors.Join(f.Sync(), f.Close()); err != nil {
+		return fmt.Errorf("syncing the ids of %s: %w", s.vm, err)
+	}
+	return nil
 }
 
 // addID buffers the entry for a record with an id.
 func (s *vmStream) addID(rec *Record) error {
-	if rec.Seq <= s.lastID {
-		return nil
-	}
 	var id string
 	if err := json.Unmarshal(rec.ID, &id); err != nil {
 		return fmt.Errorf("the id of record %d: %w", rec.Seq, err)
@@ -207,7 +265,6 @@ func (s *vmStream) addID(rec *Record) error {
 	key := hashID([]byte(id))
 	s.p.fill(s)
 	s.ids = binary.BigEndian.AppendUint64(append(s.ids, key[:]...), rec.Seq)
-	s.lastID = rec.Seq
 	return nil
 }
 
@@ -217,17 +274,17 @@ func (s *vmStream) flushIDs() error {
 	if len(s.ids) == 0 {
 		return nil
 	}
-	fsys, path := s.st.fs, s.p.ids.path(s.vm)
-	if s.idSize+int64(len(s.ids)) > idFile {
-		all, err := readIDs(fsys, path)
+	fsys, path, window := s.st.fs, s.p.ids.path(s.vm), int64(s.p.ids.window*idEntry)
+	if s.idSize+int64(len(s.ids)) > 2*window {
+		keep, err := s.p.ids.read(s.vm, s.p.ids.window)
 		if err != nil {
 			return err
 		}
-		keep := all[max(0, len(all)-idWindow*idEntry):]
 		if err := replaceFile(fsys, path, keep); err != nil {
 			return fmt.Errorf("shortening the ids of %s: %w", s.vm, err)
 		}
 		s.idSize = int64(len(keep))
+		s.p.newIDs = true
 	}
 	f, err := fsys.OpenFile(path, os.O_RDWR|os.O_CREATE, filePerm)
 	if err != nil {
@@ -237,29 +294,10 @@ func (s *vmStream) flushIDs() error {
 	if err = errors.Join(err, f.Close()); err != nil {
 		return fmt.Errorf("writing the ids of %s: %w", s.vm, err)
 	}
+	s.p.newIDs = s.p.newIDs || s.idSize == 0
 	s.idSize += int64(len(s.ids))
 	s.ids = s.ids[:0]
 	return nil
-}
-
-// replaceFile gives path the contents data, whole or not at all.
-func replaceFile(fsys FS, path string, data []byte) error {
-	tmp := path + ".tmp"
-	f, err := fsys.OpenFile(tmp, os.O_RDWR|os.O_CREATE|os.O_TRUNC, filePerm)
-	if err != nil {
-		return err
-	}
-	_, err = f.WriteAt(data, 0)
-	if err == nil {
-		err = f.Sync()
-	}
-	if err = errors.Join(err, f.Close()); err != nil {
-		return err
-	}
-	if err := fsys.Rename(tmp, path); err != nil {
-		return err
-	}
-	return fsys.SyncDir(filepath.Dir(path))
 }
 
 // openFiles closes the stream files used longest ago.

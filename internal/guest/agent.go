@@ -27,6 +27,8 @@ import (
 
 	"github.com/castrabus/castra/internal/backoff"
 	"github.com/castrabus/castra/internal/bus"
+	"github.com/castrabus/castra/internal/eventlog"
+	"github.com/castrabus/castra/internal/logging"
 )
 
 // CodeNotConnected refuses what cannot be had without the host just now.
@@ -39,6 +41,8 @@ const (
 	ackPatience = 10 * time.Second
 	// drainFor bounds how long a stopping agent tries to hand over what is kept.
 	drainFor = 2 * time.Second
+	// diskPatience bounds how long it then waits for its own disk.
+	diskPatience = 5 * time.Second
 )
 
 // Options are what an Agent needs. Name, Address and Log must be set.
@@ -49,8 +53,14 @@ type Options struct {
 	Version   string
 	Subscribe []string // topics that are always listened to; vm:self is the VM's own
 	Socket    string   // path of the local bus; empty: none is served
-	SpoolSize int64    // bytes
+	// Listener, if set, is the local bus's socket, and Socket is not looked at. The
+	// agent closes it.
+	Listener  *net.UnixListener
+	SpoolDir  string // where what the host has not taken is kept; empty: in memory
+	SpoolSize int64  // bytes
 	Log       *logrus.Entry
+
+	fs eventlog.FS // nil: the machine's
 
 	// OnState is called from one goroutine, soon after anything changed that
 	// Summary shows. It may be nil.
@@ -67,6 +77,7 @@ type Agent struct {
 	head    atomic.Uint64 // the newest record that came by
 
 	outbox   *outbox
+	memory   string // why the spool is in memory; empty: it is on disk
 	subs     *table
 	uplink   *uplink
 	local    *server // nil: no socket is served
@@ -94,11 +105,18 @@ func newAgent(opts Options, pace pacer, dial func(context.Context, string) (net.
 		id:      identity{name: opts.Name, key: opts.Key},
 		started: time.Now(),
 		idBase:  hex.EncodeToString(random[:]) + "-",
-		outbox:  newOutbox(newMemorySpool(opts.SpoolSize)),
 		subs:    newTable(),
 		ended:   make(chan struct{}),
 		loss:    lossLog{log: opts.Log},
 	}
+	if opts.fs == nil {
+		a.opts.fs = eventlog.OS
+	}
+	var disk *disk
+	if disk, a.memory = spoolDisk(a.opts); disk == nil && opts.SpoolDir != "" {
+		logging.SpoolInMemory.On(opts.Log).WithFields(logrus.Fields{"directory": opts.SpoolDir, "reason": a.memory}).Error("the spool cannot be opened: what is published while the host is away is kept in memory alone, and lost if castra-guestd ends before the host is back")
+	}
+	a.outbox = newOutbox(opts.SpoolSize, disk)
 	a.watchers.init(a)
 	a.uplink = &uplink{
 		id: a.id, log: opts.Log, dial: dial, pace: pace, outbox: a.outbox, subs: a.subs,
@@ -108,14 +126,19 @@ func newAgent(opts Options, pace pacer, dial func(context.Context, string) (net.
 	}
 	a.outbox.wake, a.outbox.note, a.outbox.lost = a.uplink.nudge, a.watchers.note, a.loss.lost
 	a.subs.wake, a.subs.note = a.uplink.nudge, a.watchers.note
-	if err := a.Reload(opts.Address, opts.Subscribe); err != nil {
-		return nil, err
+	err := a.Reload(opts.Address, opts.Subscribe)
+	switch {
+	case err != nil:
+	case opts.Listener != nil:
+		a.local = newServer(opts.Listener, a)
+	case opts.Socket != "":
+		a.local, err = listen(opts.Socket, a)
 	}
-	if opts.Socket != "" {
-		var err error
-		if a.local, err = listen(opts.Socket, a); err != nil {
-			return nil, err
+	if err != nil {
+		if disk != nil {
+			disk.close(diskPatience)
 		}
+		return nil, err
 	}
 	return a, nil
 }
@@ -130,24 +153,57 @@ func (a *Agent) Run(ctx context.Context) {
 	if a.local != nil {
 		all.Go(func() { a.local.run(work) })
 	}
+	keeping, stopKeeping := context.WithCancel(work)
+	kept := inBackground(func() { a.outbox.keeper(keeping) })
+	loading, stopLoading := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopLoading()
+	loaded := inBackground(func() {
+		if a.outbox.disk != nil {
+			a.outbox.loader(loading)
+		}
+	})
 	<-ctx.Done()
 	a.stopping.Store(true)
 	a.watchers.note()
-	if empty := a.outbox.close(); empty != nil {
-		patience := time.NewTimer(drainFor)
-		select {
-		case <-empty:
-		case <-patience.C:
-		}
-		patience.Stop()
-	}
+	within(drainFor, a.outbox.close())
+	stopKeeping() // which first puts on disk what is not there yet
+	within(diskPatience, kept)
 	if lost := a.outbox.abandon(); lost > 0 {
-		a.opts.Log.WithField("records", lost).Warn("stopping with messages that the host has not taken; they were kept in memory and are lost")
+		logging.MessagesLost.On(a.opts.Log).WithField("records", lost).Warn("stopping with messages that the host has not taken and that are in memory alone; they are lost")
 	}
 	close(a.ended)
 	stop()
 	all.Wait()
+	stopLoading()
+	within(diskPatience, loaded)
+	if a.outbox.disk != nil {
+		a.outbox.disk.close(diskPatience)
+	}
 	a.loss.flush()
+}
+
+// inBackground runs f, and gives what is closed when it has returned. A disk that blocks
+// may keep that from happening.
+func inBackground(f func()) <-chan struct{} {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		f()
+	}()
+	return done
+}
+
+// within waits for done, which may be nil, but no longer than d.
+func within(d time.Duration, done <-chan struct{}) {
+	if done == nil {
+		return
+	}
+	patience := time.NewTimer(d)
+	defer patience.Stop()
+	select {
+	case <-done:
+	case <-patience.C:
+	}
 }
 
 // Reload takes over another address and other topics that are always listened to.

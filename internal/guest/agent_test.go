@@ -136,8 +136,8 @@ func TestPublisherIsNotKeptWaiting(t *testing.T) {
 		}
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
-		if seq, err := f.Publish(ctx, bus.PublishRequest{Topic: "t"}); seq != 0 || err != nil {
-			t.Errorf("got %d, %v: it is kept, whoever waits", seq, err)
+		if _, err := f.Publish(ctx, bus.PublishRequest{Topic: "t"}); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("got %v: whether it is kept was open when the caller left", err)
 		}
 		if _, err := f.Publish(ctx, bus.PublishRequest{Topic: "t"}); !errors.Is(err, context.DeadlineExceeded) {
 			t.Errorf("got %v", err)
@@ -360,7 +360,7 @@ func TestPacing(t *testing.T) {
 		begun := time.Now()
 		f.net.accept(t)
 		synctest.Wait()
-		if f.pace.resets != 1 || time.Since(begun) != time.Second {
+		if f.pace.resets != 1 || time.Since(begun) >= returnWithin {
 			t.Errorf("%d resets, back after %v", f.pace.resets, time.Since(begun))
 		}
 	})

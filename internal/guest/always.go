@@ -7,6 +7,7 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"github.com/castrabus/castra/internal/bus"
+	"github.com/castrabus/castra/internal/logging"
 	"github.com/castrabus/castra/internal/wire"
 )
 
@@ -56,7 +57,7 @@ func (l *listener) begun(*subscription) { l.refusal = "" }
 func (l *listener) refused(s *subscription, err *bus.Error) {
 	if l.refusal != err.Error() {
 		l.refusal = err.Error()
-		l.agent.opts.Log.WithFields(logrus.Fields{"topic": s.topic, "reason": err.Error()}).Warn("the host refuses a subscription of the configuration")
+		logging.SubscriptionRefused.On(l.agent.opts.Log).WithFields(logrus.Fields{"topic": s.topic, "reason": err.Error()}).Warn("the host refuses a subscription of the configuration")
 	}
 }
 
@@ -66,6 +67,6 @@ func (l *listener) deliver(s *subscription, m *wire.Message) bool {
 }
 
 func (l *listener) gap(s *subscription, from, to uint64) bool {
-	l.agent.opts.Log.WithFields(logrus.Fields{"topic": s.topic, "from": from, "to": to}).Warn("the host no longer has records that this guest had not heard")
+	logging.RecordsMissed.On(l.agent.opts.Log).WithFields(logrus.Fields{"topic": s.topic, "from": from, "to": to}).Warn("the host no longer has records that this guest had not heard")
 	return true
 }

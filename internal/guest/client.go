@@ -14,6 +14,7 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"github.com/castrabus/castra/internal/bus"
+	"github.com/castrabus/castra/internal/logging"
 	"github.com/castrabus/castra/internal/wire"
 )
 
@@ -52,7 +53,7 @@ type client struct {
 // answer is what a line is answered with.
 type answer struct {
 	ack     wire.Ack
-	by      time.Time // when to say that it is queued, if nothing is known by then
+	by      time.Time // when to say that it is queued, if nothing is known by then; zero: of a publish the outbox says it
 	line    []byte    // nil: not known yet
 	after   []byte    // deliveries on what is subscribed to with it: they come behind
 	marks   []mark
@@ -159,11 +160,14 @@ func (c *client) take(m *wire.Message) {
 		c.acknowledge(m)
 		return
 	}
-	a := &answer{by: time.Now().Add(ackPatience), ack: wire.Ack{
+	a := &answer{ack: wire.Ack{
 		Kind: kindOf(m), Topic: bytes.Clone(m.Topic), ID: bytes.Clone(m.ID), Subscription: []byte(subscriptionOf(m)),
 	}}
 	if m.Type == wire.TypePublish && m.Topic == nil {
 		a.ack.Topic = []byte(defaultTopic)
+	}
+	if m.Type != wire.TypePublish {
+		a.by = time.Now().Add(ackPatience)
 	}
 	c.mu.Lock()
 	c.answers = append(c.answers, a)
@@ -219,7 +223,7 @@ func (c *client) complete(a *answer, r result) {
 		a.ack.RetryAfterMS = r.err.RetryAfter.Milliseconds()
 	}
 	if r.queued {
-		a.ack.Queued, a.ack.NotDurable = true, a.ack.Kind == "publish" && !c.agent.durable()
+		a.ack.Queued, a.ack.NotDurable = true, a.ack.Kind == "publish" && !r.durable
 	}
 	a.ack.Seq = r.seq
 	a.line = append(wire.AppendAck(nil, &a.ack), '\n')
@@ -290,7 +294,7 @@ func (c *client) write(ctx context.Context) {
 func (c *client) collect() (n int, next time.Time) {
 	taken := 0
 	for _, a := range c.answers {
-		if a.line == nil && time.Until(a.by) <= 0 {
+		if a.line == nil && !a.by.IsZero() && time.Until(a.by) <= 0 {
 			c.complete(a, result{queued: true})
 		}
 		if a.line == nil {
@@ -324,7 +328,7 @@ func (c *client) overrun(topic string) {
 	c.mu.Unlock()
 	_ = c.conn.SetWriteDeadline(time.Now().Add(farewell)) // ends a write under way too
 	c.nudge()
-	c.agent.opts.Log.WithFields(logrus.Fields{"topic": topic, "bytes": clientBuffer}).Warn("a client of the local socket does not read what it subscribed to; disconnecting it")
+	logging.ClientTooSlow.On(c.agent.opts.Log).WithFields(logrus.Fields{"topic": topic, "bytes": clientBuffer}).Warn("a client of the local socket does not read what it subscribed to; disconnecting it")
 }
 
 // shut ends the connection because the daemon ends: what is not answered by now is

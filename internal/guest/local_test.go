@@ -345,18 +345,22 @@ func TestSocketAnswersUnread(t *testing.T) {
 // What is not known after a while is answered as queued, and answers that nobody reads
 // are not piled up.
 func TestClientCollects(t *testing.T) {
-	c := newClient(&Agent{outbox: newOutbox(newMemorySpool(1))}, nil)
+	c := newClient(&Agent{outbox: newOutbox(1, nil)}, nil)
 	known := func() *answer { return &answer{line: make([]byte, 1000)} }
-	late := &answer{by: time.Now().Add(-1), ack: wire.Ack{Kind: "publish"}}
-	waiting := &answer{by: time.Now().Add(hang), ack: wire.Ack{Kind: "publish"}}
+	late := &answer{by: time.Now().Add(-1), ack: wire.Ack{Kind: "subscribe"}}
+	waiting := &answer{by: time.Now().Add(hang), ack: wire.Ack{Kind: "subscribe"}}
 	c.answers = []*answer{known(), late, waiting, known()}
 	if n, next := c.collect(); n != 2 || !next.Equal(waiting.by) || len(c.answers) != 2 {
 		t.Errorf("collected %d, left %d, next at %v", n, len(c.answers), next)
 	}
-	if want := `{"type":"ack","ack":"publish","status":"ok","durable":false,"queued":true}` + "\n"; !strings.HasSuffix(string(c.out), want) {
+	if want := `{"type":"ack","ack":"subscribe","status":"ok","queued":true}` + "\n"; !strings.HasSuffix(string(c.out), want) {
 		t.Errorf("late answer is %q", c.out[1000:])
 	}
 	c.settle(late, result{seq: 1}) // too late
+	// Of a publish only the outbox knows whether it is kept.
+	if n, next := (&client{answers: []*answer{{ack: wire.Ack{Kind: "publish"}}}}).collect(); n != 0 || !next.IsZero() {
+		t.Errorf("%d publishes are answered by the clock, or at %v", n, next)
+	}
 	c.settle(waiting, result{seq: 2})
 	for range 1000 {
 		c.answers = append(c.answers, known())

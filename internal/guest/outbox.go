@@ -1,40 +1,36 @@
 package guest
 
 import (
-	"errors"
 	"fmt"
 	"slices"
 	"sync"
 	"time"
 
 	"github.com/castrabus/castra/internal/bus"
-	"github.com/castrabus/castra/internal/wire"
 )
-
-// The most that is sent ahead of the host's acks. Behind a disk that syncs in
-// 5 ms the records let through 50,000 a second; the bytes keep a burst of large
-// ones from delaying heartbeats behind them.
-const (
-	windowRecords = 256
-	windowBytes   = 256 << 10
-)
-
-// takeBytes is about how much goes out in one write, so that what is more urgent
-// than records waits for one write at most.
-const takeBytes = 64 << 10
-
-// retryDefault is how long a record that was refused for now waits where the host
-// does not say.
-const retryDefault = time.Second
 
 // result is what became of a publish.
 type result struct {
-	seq    uint64     // the host's number
-	queued bool       // kept in the spool; the host has not numbered it yet
-	err    *bus.Error // refused for good
+	seq     uint64     // the host's number
+	queued  bool       // kept in the spool; the host has not numbered it yet
+	durable bool       // with queued: a power cut does not take it
+	err     *bus.Error // refused
 }
 
-// outbox sends what is in the spool and takes the host's answers.
+// outbox keeps what is published until the host has answered for good.
+//
+// What waits for the host is one queue, in the order in which it was published:
+//
+//	front    in memory, and perhaps on disk too: what is sent, and comes next
+//	backlog  on disk alone: read into front as room comes (loader)
+//	back     in memory: to be written to the disk, and backlog from then on (keeper)
+//
+// While the host answers, a record goes straight into front and costs the guest's
+// disk nothing. It is written there when the host has not answered for spillAfter,
+// when the session ends, and when the daemon does; and never a record without all
+// those before it, so that the order on disk is that of the queue. Its publisher is
+// told when the host has it, or without a session when it is on disk, so what he is
+// told is true in either case. A guest without a disk keeps everything in front.
 //
 // Records go out in the order in which they were published, many ahead of their
 // acks. Where the host refuses one for now (its rate, its disk), records behind it
@@ -49,17 +45,32 @@ type outbox struct {
 	note func() // counts changed; must not block
 	lost func(r *Record, err *bus.Error)
 
-	mu      sync.Mutex
-	spool   Spool
-	closed  bool
-	live    bool // there is a session
-	sent    uint64
-	flight  []flying                // unanswered, in the order sent; at most windowRecords
-	load    int                     // bytes of payload in flight
-	again   []uint64                // refused for now on this session, by position; at most windowRecords
-	settled map[uint64]bool         // answered for good while an older one is not; at most windowRecords
-	waiting map[uint64]func(result) // at most one for each record kept
-	empty   chan struct{}           // closed when nothing is kept any more; nil: nobody waits
+	disk  *disk // nil: there is none
+	limit int64 // of what is kept, in bytes
+
+	// kick and hunger have room for one: the keeper, and the loader, is to look.
+	kick, hunger chan struct{}
+
+	mu         sync.Mutex
+	closed     bool
+	live       bool // there is a session
+	front      []*spooled
+	frontBytes int64
+	first      uint64 // position of front[0], or of the next one if there is none
+	next       uint64 // position of the first one not sent ahead on this session
+	backlog    backlog
+	back       []*spooled
+	backBytes  int64
+	room       chan struct{} // closed and replaced when back has become shorter
+	storing    storing       // how writing to the disk goes
+	stored     uint64        // the newest number on disk
+	saved      uint64        // all up to this number on disk is released, and the disk knows
+	unsaved    int           // records settled since then
+
+	flight []flying      // unanswered, in the order sent; at most windowRecords
+	load   int           // bytes of payload in flight
+	again  []uint64      // refused for now on this session, by position; at most windowRecords
+	empty  chan struct{} // closed when nothing is kept any more; nil: nobody waits
 
 	window    int
 	accepted  int // since the window last changed
@@ -69,51 +80,123 @@ type outbox struct {
 	lastPublish        time.Time
 }
 
-type flying struct {
-	pos  uint64
-	id   string
-	load int
+// newOutbox makes an outbox that keeps up to limit bytes, on disk unless that is
+// nil.
+func newOutbox(limit int64, disk *disk) *outbox {
+	o := &outbox{
+		disk: disk, limit: limit, window: windowRecords,
+		kick: make(chan struct{}, 1), hunger: make(chan struct{}, 1), room: make(chan struct{}),
+		first: 1, next: 1, backlog: backlog{next: 1},
+	}
+	if disk != nil {
+		o.backlog, o.stored, o.saved = disk.found, disk.found.last, disk.released
+	}
+	return o
 }
 
-func newOutbox(spool Spool) *outbox {
-	return &outbox{
-		spool:   spool,
-		window:  windowRecords,
-		settled: make(map[uint64]bool),
-		waiting: make(map[uint64]func(result)),
-	}
-}
+const (
+	// frontRecords and frontBytes bound what a guest with a disk has in memory to be
+	// sent: several windows, and the records of a burst of its programs.
+	frontRecords = 4096
+	frontBytes   = 1 << 20
+	// backBytes bounds what waits for the disk, and so the size of a write: a
+	// publisher beyond it waits.
+	backBytes = 256 << 10
+)
 
 // put keeps a record. done is called once, from another goroutine or before put
-// returns, unless put fails; it must not block.
+// returns, unless put fails; it must not block. With a disk that does not keep up
+// put waits for it, at most storePatience.
 func (o *outbox) put(r Record, done func(result)) error {
+	it := &spooled{Record: r, cost: cost(&r), since: time.Now(), done: done}
 	o.mu.Lock()
-	if o.closed {
-		o.mu.Unlock()
-		return errStopping
-	}
-	pos, err := o.spool.Append(r)
-	if refusal, ok := errors.AsType[*bus.Error](err); ok {
-		refusal.RetryAfter = retryAway
-		if o.live {
-			refusal.RetryAfter = retryConnected
+	for wait := true; wait; {
+		var err error
+		wait, err = o.admit(it)
+		if err == nil && wait {
+			room := o.room
+			o.mu.Unlock()
+			within(time.Until(it.since.Add(storePatience)), room)
+			o.mu.Lock()
+			if time.Since(it.since) >= storePatience {
+				err = errStoreStalled()
+			}
+		}
+		if err != nil {
+			o.mu.Unlock()
+			return err
 		}
 	}
-	live := o.live
-	if err == nil && live {
-		o.waiting[pos] = done
+	var tell func(result)
+	if o.disk == nil && !o.live {
+		tell, it.done = done, nil
 	}
+	keep := it.pos == 0 || !o.storing.armed
+	o.storing.armed = true
+	live := o.live
 	o.mu.Unlock()
-	if err != nil {
-		return err
+	if tell != nil {
+		tell(result{queued: true})
+	}
+	if keep {
+		o.keep()
 	}
 	if live {
 		o.wake()
-	} else {
-		done(result{queued: true})
 	}
 	o.note()
 	return nil
+}
+
+// admit puts it into the queue, or says that it has to wait for the disk. Call
+// with the lock held.
+func (o *outbox) admit(it *spooled) (wait bool, err error) {
+	retry := retryAway
+	if o.live {
+		retry = retryConnected
+	}
+	records, bytes := o.size()
+	switch {
+	case o.closed:
+		return false, errStopping
+	case records >= maxUnacknowledged:
+		return false, full(fmt.Sprintf("the spool holds %d messages that the host has not taken yet, the most there may be; try again later", records), retry)
+	case bytes+it.cost > o.limit:
+		return false, full(fmt.Sprintf("the spool is full: the host has not taken %d messages of %d bytes yet; try again later, or raise spool_size", records, bytes), retry)
+	}
+	if o.disk == nil || o.live && o.backlog.empty() && len(o.back) == 0 && len(o.front) < frontRecords && o.frontBytes < frontBytes {
+		o.push(it)
+		return false, nil
+	}
+	if o.storing.stalled {
+		return false, errStoreStalled()
+	}
+	if o.backBytes >= backBytes {
+		return true, nil
+	}
+	o.back = append(o.back, it)
+	o.backBytes += it.cost
+	return false, nil
+}
+
+// push appends it to front. Call with the lock held.
+func (o *outbox) push(it *spooled) {
+	it.pos = o.first + uint64(len(o.front))
+	o.front = append(o.front, it)
+	o.frontBytes += it.cost
+}
+
+// at gives the record at a position of front. Call with the lock held.
+func (o *outbox) at(pos uint64) *spooled {
+	if pos < o.first || pos-o.first >= uint64(len(o.front)) {
+		return nil
+	}
+	return o.front[pos-o.first]
+}
+
+// size gives how many records are kept, and what they cost. Call with the lock held.
+func (o *outbox) size() (records int, bytes int64) {
+	return len(o.front) + o.backlog.records() + len(o.back), o.frontBytes + o.backlog.bytes + o.backBytes
 }
 
 var errStopping = bus.Errorf(bus.CodeShuttingDown, "castra-guestd is stopping and keeps nothing more; publish again when it is back")
@@ -121,14 +204,15 @@ var errStopping = bus.Errorf(bus.CodeShuttingDown, "castra-guestd is stopping an
 // begin starts a session: all that the host has not acknowledged is sent again.
 func (o *outbox) begin() {
 	o.mu.Lock()
-	defer o.mu.Unlock()
 	o.live = true
-	o.sent = 0
+	o.next = o.first
 	o.notBefore = time.Time{}
+	o.mu.Unlock()
+	o.hungry()
 }
 
 // end gives up on the session's answers. Everybody who waits for one is told that
-// the record is kept.
+// the record is kept, as soon as it is.
 func (o *outbox) end() {
 	o.mu.Lock()
 	o.live = false
@@ -138,152 +222,67 @@ func (o *outbox) end() {
 	} else {
 		o.window = windowRecords
 	}
-	waiting := o.waiting
-	o.waiting = make(map[uint64]func(result))
-	o.mu.Unlock()
-	for _, done := range waiting {
-		done(result{queued: true})
-	}
-}
-
-// take appends the frames that may be sent now. wait is how long nothing more may
-// be sent; 0: until the next wake.
-func (o *outbox) take(dst []byte) (out []byte, wait time.Duration) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	for limit := len(dst) + takeBytes; o.live && len(dst) < limit; {
-		r := o.next()
-		if r == nil {
-			break
+	var told []func()
+	for _, it := range o.front {
+		if it.done != nil && (o.disk == nil || it.seq != 0) {
+			told = append(told, it.tell(result{queued: true, durable: it.seq != 0}))
 		}
-		if wait = time.Until(o.notBefore); wait > 0 {
-			return dst, wait
-		}
-		if len(o.again) > 0 {
-			o.again = o.again[1:]
-		} else {
-			o.sent = r.pos
-		}
-		o.flight = append(o.flight, flying{pos: r.pos, id: r.ID, load: len(r.Payload)})
-		o.load += len(r.Payload)
-		dst = wire.AppendPublishFrame(dst, r.Topic, r.ID, r.Reply, r.Payload)
-	}
-	return dst, 0
-}
-
-// next gives the record to be sent next, nil if none may be.
-func (o *outbox) next() *Record {
-	if len(o.again) > 0 {
-		if len(o.flight) > 0 {
-			return nil
-		}
-		r, _ := o.spool.After(o.again[0] - 1)
-		return r
-	}
-	if len(o.flight) >= o.window || len(o.flight) > 0 && o.load >= windowBytes {
-		return nil
-	}
-	r, ok := o.spool.After(o.sent)
-	for ok && o.settled[r.pos] {
-		r, ok = o.spool.After(r.pos)
-	}
-	if !ok {
-		return nil
-	}
-	return r
-}
-
-// answer takes the host's ack of a publish. The error says that the host broke the
-// protocol.
-func (o *outbox) answer(m *wire.Message) error {
-	o.mu.Lock()
-	if len(o.flight) == 0 {
-		o.mu.Unlock()
-		return fmt.Errorf("%w: an ack for a publish that was not sent", wire.ErrProtocol)
-	}
-	f := o.flight[0]
-	if m.ID != nil && string(m.ID) != f.id {
-		o.mu.Unlock()
-		return fmt.Errorf("%w: an ack for the publish %q before that for %q", wire.ErrProtocol, wire.Clip(m.ID), f.id)
-	}
-	o.flight = o.flight[1:]
-	o.load -= f.load
-	var told func()
-	switch {
-	case string(m.Status) == "ok":
-		o.published++
-		o.lastPublish = time.Now()
-		if len(o.again) == 0 {
-			o.accepted++
-		}
-		if o.accepted >= o.window && o.window < windowRecords {
-			o.window, o.accepted = o.window+1, 0
-		}
-		told = o.settle(f.pos, result{seq: m.Seq})
-	case retryable(m):
-		if string(m.Code) == string(bus.CodeRateLimited) {
-			o.limited++
-		}
-		i, _ := slices.BinarySearch(o.again, f.pos)
-		o.again = slices.Insert(o.again, i, f.pos)
-		o.window, o.accepted = 1, 0
-		after := time.Duration(min(m.RetryAfterMS, maxRetryMS)) * time.Millisecond
-		if after <= 0 {
-			after = retryDefault
-		}
-		if t := time.Now().Add(after); t.After(o.notBefore) {
-			o.notBefore = t
-		}
-	default:
-		told = o.settle(f.pos, result{err: bus.Errorf(bus.Code(wire.Clip(m.Code)), "%s", m.Reason)})
 	}
 	o.mu.Unlock()
-	if told != nil {
-		told()
-	}
-	o.wake()
-	o.note()
-	return nil
+	callAll(told)
+	o.keep() // what is not on disk yet goes there now
 }
 
-// maxRetryMS bounds what a host may ask for: a minute, in milliseconds.
-const maxRetryMS = 60_000
+// tell gives what tells the publisher, once.
+func (it *spooled) tell(r result) func() {
+	done := it.done
+	it.done = nil
+	return func() {
+		if done != nil {
+			done(r)
+		}
+	}
+}
 
-// retryable says whether a refusal is for now only.
-func retryable(m *wire.Message) bool {
-	switch bus.Code(m.Code) {
-	case bus.CodeRateLimited, bus.CodeStorageFull, bus.CodeStorageStalled:
-		return true
-	default:
-		return m.RetryAfterMS > 0
+func callAll(fns []func()) {
+	for _, f := range fns {
+		f()
 	}
 }
 
 // settle gives up the record at pos. Call with the lock held; what it returns is to
 // be called without.
 func (o *outbox) settle(pos uint64, res result) (told func()) {
-	done := o.waiting[pos]
-	delete(o.waiting, pos)
-	r, _ := o.spool.After(pos - 1)
-	rec := *r
-	o.settled[pos] = true
-	for r, ok := o.spool.After(0); ok && o.settled[r.pos]; r, ok = o.spool.After(0) {
-		settled := r.pos
-		delete(o.settled, settled)
-		o.spool.Release(settled)
+	it := o.at(pos)
+	if it == nil || it.settled {
+		return func() {}
+	}
+	rec, waited := it.Record, it.done != nil
+	tell := it.tell(res)
+	it.settled, it.Payload = true, nil
+	for len(o.front) > 0 && o.front[0].settled {
+		o.frontBytes -= o.front[0].cost
+		o.front[0] = nil
+		o.front = o.front[1:]
+		o.first++
+	}
+	o.next = max(o.next, o.first)
+	if len(o.front) == 0 {
+		o.front = nil // after a burst an idle agent is as small as before
+	}
+	if o.disk != nil {
+		o.unsaved++
 	}
 	var empty chan struct{}
-	if n, _ := o.spool.Size(); n == 0 {
+	if n, _ := o.size(); n == 0 {
 		empty, o.empty = o.empty, nil
 	}
 	return func() {
 		if empty != nil {
 			close(empty)
 		}
-		switch {
-		case done != nil:
-			done(res)
-		case res.err != nil:
+		tell()
+		if res.err != nil && !waited {
 			o.lost(&rec, res.err) // its publisher was told that it is kept
 		}
 	}
@@ -295,8 +294,7 @@ func (o *outbox) close() <-chan struct{} {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.closed = true
-	n, _ := o.spool.Size()
-	if !o.live || n == 0 {
+	if n, _ := o.size(); !o.live || n == 0 {
 		return nil
 	}
 	if o.empty == nil {
@@ -305,21 +303,27 @@ func (o *outbox) close() <-chan struct{} {
 	return o.empty
 }
 
-// abandon tells everybody who still waits that the record may be lost, and gives
-// how many records are.
+// abandon tells everybody who still waits what became of the record, and gives how
+// many are lost with the process. The keeper has ended, or hangs.
 func (o *outbox) abandon() (lost int) {
 	o.mu.Lock()
 	o.closed = true
-	waiting := o.waiting
-	o.waiting = make(map[uint64]func(result))
-	lost, _ = o.spool.Size()
-	if o.spool.Durable() {
-		lost = 0
+	var told []func()
+	for _, it := range slices.Concat(o.front, o.back) {
+		switch {
+		case it.settled:
+		case it.writing: // told by abandon, whatever the disk makes of it later
+			told = append(told, it.tell(result{err: errStoreStalled()}))
+			lost++
+		case it.seq != 0:
+			told = append(told, it.tell(result{queued: true, durable: true}))
+		default:
+			told = append(told, it.tell(result{err: errStopping}))
+			lost++
+		}
 	}
 	o.mu.Unlock()
-	for _, done := range waiting {
-		done(result{err: errStopping})
-	}
+	callAll(told)
 	return lost
 }
 
@@ -327,6 +331,8 @@ func (o *outbox) abandon() (lost int) {
 type counts struct {
 	records            int
 	bytes              int64
+	durable            bool
+	trouble            string // of the disk; empty: none, or there is no disk
 	published, limited uint64
 	lastPublish        time.Time
 }
@@ -334,7 +340,10 @@ type counts struct {
 func (o *outbox) counts() counts {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	c := counts{published: o.published, limited: o.limited, lastPublish: o.lastPublish}
-	c.records, c.bytes = o.spool.Size()
+	c := counts{published: o.published, limited: o.limited, lastPublish: o.lastPublish, durable: o.disk != nil}
+	c.records, c.bytes = o.size()
+	if o.disk != nil {
+		c.trouble = o.disk.log.State().Degraded
+	}
 	return c
 }

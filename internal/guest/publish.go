@@ -10,12 +10,14 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"github.com/castrabus/castra/internal/bus"
+	"github.com/castrabus/castra/internal/logging"
 	"github.com/castrabus/castra/internal/wire"
 )
 
 // Publish keeps the record, and returns the host's number for it, or 0 where there
 // is no session, it breaks, or the ack takes long: the record is then kept until
-// the host has it. req.Payload is compact JSON.
+// the host has it, durably unless the spool is in memory (Status says so). If ctx
+// ends first, that is open. req.Payload is compact JSON.
 func (a *Agent) Publish(ctx context.Context, req bus.PublishRequest) (seq uint64, err error) {
 	if err := ctx.Err(); err != nil {
 		return 0, err
@@ -24,18 +26,15 @@ func (a *Agent) Publish(ctx context.Context, req bus.PublishRequest) (seq uint64
 	if err := a.publish(req, func(r result) { answer <- r }); err != nil {
 		return 0, err
 	}
-	patience := time.NewTimer(ackPatience)
-	defer patience.Stop()
 	select {
-	case r := <-answer:
+	case r := <-answer: // in time: the keeper sees to it
 		if r.err != nil {
 			return 0, r.err
 		}
 		return r.seq, nil
-	case <-patience.C:
 	case <-ctx.Done():
+		return 0, ctx.Err()
 	}
-	return 0, nil
 }
 
 // publish checks a record and puts it into the outbox.
@@ -52,9 +51,6 @@ func (a *Agent) publish(req bus.PublishRequest, done func(result)) error {
 	}
 	return a.outbox.put(r, done)
 }
-
-// durable says whether what is kept survives this process.
-func (a *Agent) durable() bool { return a.outbox.spool.Durable() }
 
 // check refuses at once what the host would refuse later, when nobody may be left
 // to hear of it (contract 2).
@@ -133,7 +129,7 @@ func (l *lossLog) lost(r *Record, err *bus.Error) {
 	}
 	l.mu.Unlock()
 	if due {
-		l.log.WithFields(logrus.Fields{"topic": r.Topic, "id": r.ID, "reason": err.Error(), "records": n}).Warn("the host refused a kept message for good; it is lost")
+		logging.MessagesLost.On(l.log).WithFields(logrus.Fields{"topic": r.Topic, "id": r.ID, "reason": err.Error(), "records": n}).Warn("the host refused a kept message for good; it is lost")
 	}
 }
 
@@ -144,6 +140,6 @@ func (l *lossLog) flush() {
 	l.count = 0
 	l.mu.Unlock()
 	if n > 0 {
-		l.log.WithField("records", n).Warn("the host refused more kept messages for good; they are lost")
+		logging.MessagesLost.On(l.log).WithField("records", n).Warn("the host refused more kept messages for good; they are lost")
 	}
 }

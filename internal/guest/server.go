@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/castrabus/castra/internal/bus"
+	"github.com/castrabus/castra/internal/logging"
 	"github.com/castrabus/castra/internal/wire"
 )
 
@@ -33,7 +34,7 @@ const (
 // the frames of contract 2, one JSON object a line.
 type server struct {
 	agent *Agent
-	path  string
+	path  string // as the listener has it
 	ln    *net.UnixListener
 	// room has one token for each client, maxClients in all.
 	room chan struct{}
@@ -56,7 +57,13 @@ func listen(path string, a *Agent) (*server, error) {
 		_ = ln.Close() // nobody has connected
 		return nil, fmt.Errorf("serving the local socket: %w", err)
 	}
-	return &server{agent: a, path: path, ln: ln, room: make(chan struct{}, maxClients)}, nil
+	return newServer(ln, a), nil
+}
+
+// newServer serves a socket that listens already. Closing one that was passed in
+// leaves its path to whoever made it.
+func newServer(ln *net.UnixListener, a *Agent) *server {
+	return &server{agent: a, path: ln.Addr().String(), ln: ln, room: make(chan struct{}, maxClients)}
 }
 
 // removeStale removes a socket that nobody serves any more, and nothing else.
@@ -82,7 +89,7 @@ func removeStale(path string) error {
 
 // run serves clients until ctx is done and all of them are gone.
 func (v *server) run(ctx context.Context) {
-	stop := context.AfterFunc(ctx, func() { _ = v.ln.Close() }) // removes the socket too
+	stop := context.AfterFunc(ctx, func() { _ = v.ln.Close() }) // removes the socket that listen made
 	defer stop()
 	var clients sync.WaitGroup
 	defer clients.Wait()
@@ -97,7 +104,7 @@ func (v *server) run(ctx context.Context) {
 		}
 		if err != nil {
 			if !troubled {
-				v.agent.opts.Log.WithField("reason", plain(err).Error()).Error("cannot take clients of the local socket; trying on")
+				logging.AcceptFailed.On(v.agent.opts.Log).WithField("reason", plain(err).Error()).Error("cannot take clients of the local socket; trying on")
 			}
 			troubled = true
 			sleep(ctx, acceptPause)

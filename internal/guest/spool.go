@@ -13,26 +13,20 @@ type Record struct {
 	ID      string
 	Reply   string // empty: none
 	Payload []byte // compact JSON; nil is null
-
-	pos uint64 // its place in the spool, counted from 1; given by Append
 }
 
-// Spool keeps records from the moment their publisher is told so until the host
-// has acknowledged them. Its methods are called by one goroutine at a time and
-// must not block.
-type Spool interface {
-	// Append keeps the record and gives its position. The error is a *bus.Error
-	// of the code storage-full where there is no room, and then nothing is kept.
-	Append(r Record) (pos uint64, err error)
-	// After gives the first record kept behind pos; ok is false if there is none.
-	After(pos uint64) (r *Record, ok bool)
-	// Release gives up everything up to and including pos.
-	Release(pos uint64)
-	// Size gives how many records are kept, and what they count against the limit
-	// in bytes.
-	Size() (records int, bytes int64)
-	// Durable says whether what is kept survives the process.
-	Durable() bool
+// spooled is a record of the spool, in memory.
+type spooled struct {
+	Record
+	cost  int64
+	pos   uint64    // its place in front; 0: it is in back
+	seq   uint64    // its number in the spool on disk; 0: it is not there
+	since time.Time // when it was published; zero: it was loaded from the disk
+
+	done    func(result) // its publisher, who has been told nothing yet; nil: told
+	sent    bool         // once at least: the host may have it
+	writing bool         // on its way to the disk
+	settled bool         // the host has answered for good, or the publisher was refused
 }
 
 // maxUnacknowledged is how many records may wait for the host: it remembers at
@@ -40,63 +34,20 @@ type Spool interface {
 const maxUnacknowledged = 65536
 
 // recordOverhead is what a kept record counts beyond its text, in bytes: about
-// what its bookkeeping costs, so that the limit bounds memory for small ones too.
-const recordOverhead = 128
+// what a line of the log holds beside it (docs/EVENTLOG.md), and what its
+// bookkeeping costs in memory.
+const recordOverhead = 160
 
-// memorySpool is a Spool that ends with the process.
-type memorySpool struct {
-	limit   int64    // bytes
-	records []Record // records[0] is the oldest
-	first   uint64   // position of records[0], or of the next one if there is none
-	bytes   int64
-}
-
-func newMemorySpool(limit int64) *memorySpool { return &memorySpool{limit: limit, first: 1} }
-
-func (s *memorySpool) Append(r Record) (uint64, error) {
-	switch {
-	case len(s.records) >= maxUnacknowledged:
-		return 0, bus.Errorf(bus.CodeStorageFull, "the spool holds %d messages that the host has not taken yet, the most there may be; try again later", len(s.records))
-	case s.bytes+cost(&r) > s.limit:
-		return 0, bus.Errorf(bus.CodeStorageFull, "the spool is full: the host has not taken %d messages of %d bytes yet; try again later, or raise spool_size", len(s.records), s.bytes)
-	}
-	r.pos = s.first + uint64(len(s.records))
-	s.bytes += cost(&r)
-	s.records = append(s.records, r)
-	return r.pos, nil
-}
-
-func (s *memorySpool) After(pos uint64) (*Record, bool) {
-	i := uint64(0)
-	if pos >= s.first {
-		i = pos - s.first + 1
-	}
-	if i >= uint64(len(s.records)) {
-		return nil, false
-	}
-	return &s.records[i], true
-}
-
-func (s *memorySpool) Release(pos uint64) {
-	n := 0
-	for n < len(s.records) && s.records[n].pos <= pos {
-		s.bytes -= cost(&s.records[n])
-		s.records[n] = Record{} // the array lives on; the payload must not
-		n++
-	}
-	s.records = s.records[n:]
-	s.first += uint64(n)
-	if len(s.records) == 0 {
-		s.records = nil // after a burst an idle agent is as small as before
-	}
-}
-
-func (s *memorySpool) Size() (int, int64) { return len(s.records), s.bytes }
-
-func (s *memorySpool) Durable() bool { return false }
-
+// cost is what a record counts against spool_size: on disk never less than its
+// line takes, but for a few digits.
 func cost(r *Record) int64 {
-	return int64(len(r.Topic)+len(r.ID)+len(r.Reply)+len(r.Payload)) + recordOverhead
+	n := len(r.Topic) + len(r.ID) + len(r.Reply) + len(r.Payload) + recordOverhead
+	for i := range len(r.ID) {
+		if c := r.ID[i]; c < 0x20 || c >= 0x7f || c == '"' || c == '\\' {
+			n += 5 // \u00xx
+		}
+	}
+	return int64(n)
 }
 
 // How long a publisher that found the spool full is told to wait.
@@ -104,3 +55,37 @@ const (
 	retryConnected = time.Second      // room comes with the next acks
 	retryAway      = 10 * time.Second // room comes when the host does
 )
+
+// full refuses a record for which there is no room.
+func full(reason string, retry time.Duration) *bus.Error {
+	return &bus.Error{Code: bus.CodeStorageFull, Reason: reason, RetryAfter: retry}
+}
+
+// backlog is the part of the spool on disk that is not in memory: the numbers from
+// next to last, in the order of the disk. It is empty where next is above last.
+type backlog struct {
+	next, last uint64
+	bytes      int64 // what they cost
+}
+
+func (b *backlog) records() int { return int(b.last + 1 - b.next) }
+
+func (b *backlog) empty() bool { return b.next > b.last }
+
+// add takes in a record that was just written behind all others.
+func (b *backlog) add(seq uint64, cost int64) {
+	if b.empty() {
+		b.next, b.bytes = seq, 0
+	}
+	b.last = seq
+	b.bytes += cost
+}
+
+// pass goes on behind seq, whose record costs no more.
+func (b *backlog) pass(seq uint64, cost int64) {
+	b.next = seq + 1
+	b.bytes = max(0, b.bytes-cost)
+	if b.empty() {
+		b.bytes = 0
+	}
+}

@@ -21,7 +21,23 @@ func (a *Agent) Summary() string {
 	if c.records > 0 {
 		text += fmt.Sprintf(", %d spooled", c.records)
 	}
+	if why := a.spoolReason(&c); why != "" && a.opts.SpoolDir != "" {
+		text += "; the spool: " + why
+	}
 	return text
+}
+
+// spoolReason says why what is published while the host is away is not kept on
+// disk; empty: it is.
+func (a *Agent) spoolReason(c *counts) string {
+	switch {
+	case a.memory != "":
+		return "in memory: " + a.memory
+	case c.trouble != "":
+		return c.trouble
+	default:
+		return ""
+	}
 }
 
 // Status describes this agent and its own VM, if that is among those asked for.
@@ -32,12 +48,16 @@ func (a *Agent) Status(vms []string) bus.Status {
 			Kind:       "guest",
 			Version:    a.opts.Version,
 			State:      "connecting",
+			Faults:     []bus.Fault{},
 			PID:        os.Getpid(),
 			UptimeMS:   time.Since(a.started).Milliseconds(),
 			Listen:     []string{link.address},
 			HeadSeq:    a.head.Load(),
 			SpoolCount: c.records,
 			SpoolBytes: c.bytes,
+
+			SpoolDurable: &c.durable,
+			SpoolReason:  a.spoolReason(&c),
 		},
 		VMs:     []bus.VM{},
 		Refused: []bus.Refused{},

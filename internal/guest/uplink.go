@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"os"
 	"strings"
@@ -13,6 +14,7 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"github.com/castrabus/castra/internal/bus"
+	"github.com/castrabus/castra/internal/logging"
 )
 
 const (
@@ -20,7 +22,9 @@ const (
 	dialTimeout = 10 * time.Second
 	// retryMin and retryMax are between which attempts to reach the host are spaced.
 	retryMin = time.Second
-	retryMax = 30 * time.Second
+	// returnWithin spreads the guests of a host whose castrad was killed.
+	returnWithin = time.Second
+	retryMax     = 30 * time.Second
 	// lastedFor is from when on a session counts as one that worked: its end is
 	// news, and not the same trouble again, so the next attempt need not wait long.
 	lastedFor = 10 * time.Second
@@ -94,7 +98,11 @@ func (u *uplink) run(ctx context.Context) {
 		if out.lasted || errors.Is(out.err, errMoved) {
 			u.pace.Reset()
 		}
-		if !errors.Is(out.err, errMoved) {
+		switch {
+		case errors.Is(out.err, errMoved):
+		case out.lasted: // at once, but not with all the other guests at once
+			wait = rand.N(returnWithin)
+		default:
 			wait = u.pace.Next()
 		}
 		u.failed(out.err, wait)
@@ -167,7 +175,7 @@ func (u *uplink) serve(ctx context.Context, address string) outcome {
 	u.state.token, u.state.local, u.state.handshake, u.state.err = token, conn.LocalAddr().String(), begun, nil
 	u.mu.Unlock()
 	u.note()
-	u.log.WithFields(logrus.Fields{"address": address, "session": token}).Info("connected to the host")
+	logging.HostConnected.On(u.log).WithFields(logrus.Fields{"address": address, "session": token}).Info("connected to the host")
 	err = sess.run(ctx)
 	u.mu.Lock()
 	u.sess = nil
@@ -195,11 +203,11 @@ func (u *uplink) failed(err error, wait time.Duration) {
 	log := u.log.WithField("address", address)
 	switch r, refused := errors.AsType[*refusal](err); {
 	case refused:
-		log.WithField("reason", r.reason).Warnf("the host does not take this VM: %s; trying again at times", r.advice())
+		logging.HostRefused.On(log).WithField("reason", r.reason).Warnf("the host does not take this VM: %s; trying again at times", r.advice())
 	case errors.Is(err, errMoved):
-		log.Info("going to the host at its new address")
+		logging.HostMoved.On(log).Info("going to the host at its new address")
 	default:
-		log.WithField("reason", err.Error()).Warn("not connected to the host; trying again at times")
+		logging.HostUnreachable.On(log).WithField("reason", err.Error()).Warn("not connected to the host; trying again at times")
 	}
 }
 

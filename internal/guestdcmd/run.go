@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/signal"
 	"sync"
@@ -51,11 +52,12 @@ func Main(version string, args []string, stdout, stderr io.Writer) int {
 	}
 	d := &daemon{
 		version: version, path: f.Config, cfg: cfg, log: logging.New(level),
+		socket:  cfg.Bus.Socket,
 		env:     environment{credentials: os.Getenv("CREDENTIALS_DIRECTORY"), hostname: os.Hostname},
 		changed: make(chan struct{}, 1),
 	}
 	if err := d.run(); err != nil {
-		d.log.WithError(err).Error("castra-guestd ends")
+		logging.Failed.On(d.log).WithError(err).Error("castra-guestd ends")
 		return 1
 	}
 	return 0
@@ -77,6 +79,7 @@ type daemon struct {
 	log     *logrus.Logger
 
 	agent  *guest.Agent
+	socket string // where the local bus is; empty: nowhere
 	status sdnotify.Status
 	// changed has room for one: the status line may be another.
 	changed chan struct{}
@@ -94,9 +97,16 @@ func (d *daemon) run() error {
 	if err != nil {
 		return err
 	}
+	passed, err := d.passedSocket()
+	if err != nil {
+		return err
+	}
+	if passed != nil {
+		d.socket = passed.Addr().String()
+	}
 	d.agent, err = guest.New(guest.Options{
 		Name: id.name, Address: id.address, Key: id.key, Version: d.version,
-		Subscribe: d.cfg.Bus.Subscribe, Socket: d.cfg.Bus.Socket, SpoolSize: int64(d.cfg.Bus.SpoolSize),
+		Subscribe: d.cfg.Bus.Subscribe, Socket: d.cfg.Bus.Socket, Listener: passed, SpoolDir: d.cfg.Bus.SpoolDir, SpoolSize: int64(d.cfg.Bus.SpoolSize),
 		Log: logrus.NewEntry(d.log), OnState: d.stateChanged,
 	})
 	if err != nil {
@@ -116,12 +126,12 @@ func (d *daemon) run() error {
 	case <-known:
 	case <-time.After(busPatience):
 	}
-	d.log.WithFields(logrus.Fields{"name": id.name, "address": id.address, "socket": d.cfg.Bus.Socket, "keyed": id.key != nil}).Info("castra-guestd is ready")
+	logging.GuestReady.On(d.log).WithFields(logrus.Fields{"name": id.name, "address": id.address, "socket": d.socket, "keyed": id.key != nil}).Info("castra-guestd is ready")
 	d.notify("READY=1")
 	rest.Go(func() { d.keepStatus(serving) })
 	if interval, ok := sdnotify.WatchdogInterval(); ok {
 		rest.Go(func() {
-			sdnotify.RunWatchdog(working, interval, func(err error) { d.log.WithError(err).Error("the watchdog is not fed") }, d.agent.Probe)
+			sdnotify.RunWatchdog(working, interval, func(err error) { logging.WatchdogNotFed.On(d.log).WithError(err).Error("the watchdog is not fed") }, d.agent.Probe)
 		})
 	}
 	for sig := range signals {
@@ -136,6 +146,29 @@ func (d *daemon) run() error {
 	stopServing()
 	rest.Wait()
 	return nil
+}
+
+// passedSocket gives the local bus's socket where systemd passed it in, nil where it did
+// not.
+func (d *daemon) passedSocket() (*net.UnixListener, error) {
+	passed, err := sdnotify.Listeners()
+	if err != nil {
+		return nil, fmt.Errorf("taking over the sockets passed in: %w", err)
+	}
+	if len(passed) == 0 {
+		return nil, nil
+	}
+	ln, ok := passed[0].Listener.(*net.UnixListener)
+	if len(passed) > 1 || passed[0].Use != sdnotify.SocketBus || !ok {
+		for _, p := range passed {
+			err = errors.Join(err, p.Listener.Close())
+		}
+		return nil, errors.Join(errors.New("castra-guestd serves one Unix socket; see systemctl cat castra-guestd.socket for what is passed in"), err)
+	}
+	if at := ln.Addr().String(); d.cfg.Bus.Socket != at {
+		logging.ConfigurationDoubtful.On(d.log).Warnf("configuration: bus.socket is %q, and systemd passed %q in, which is served; to change that: systemctl edit castra-guestd.socket", d.cfg.Bus.Socket, at)
+	}
+	return ln, nil
 }
 
 // serveBus serves D-Bus until ctx is done, unless the name is somebody else's.
@@ -164,11 +197,11 @@ func (d *daemon) busState(owned bool, err error) {
 	d.stateChanged()
 	switch {
 	case owned:
-		d.log.Info("serving org.castra.Bus1 on the message bus")
+		logging.BusServed.On(d.log).Info("serving org.castra.Bus1 on the message bus")
 	case errors.Is(err, dbusapi.ErrNameTaken):
-		d.log.WithField("socket", d.cfg.Bus.Socket).Warn("org.castra.Bus1 is owned by another process, as on a host that is itself a VM; serving the socket alone")
+		logging.BusUnavailable.On(d.log).WithField("socket", d.socket).Warn("org.castra.Bus1 is owned by another process, as on a host that is itself a VM; serving the socket alone")
 	case err != nil:
-		d.log.WithError(err).WithField("socket", d.cfg.Bus.Socket).Warn("no message bus: serving the socket alone; trying again in the background")
+		logging.BusUnavailable.On(d.log).WithError(err).WithField("socket", d.socket).Warn("no message bus: serving the socket alone; trying again in the background")
 	}
 }
 
@@ -218,9 +251,9 @@ func (d *daemon) reload() {
 		d.log.WithError(err).Debug("the service manager was not told")
 	}
 	if err := d.reconfigure(); err != nil {
-		d.log.WithError(err).Error("the configuration is kept as it was")
+		logging.ConfigurationRefused.On(d.log).WithError(err).Error("the configuration is kept as it was")
 	} else {
-		d.log.Info("the configuration was read again")
+		logging.ConfigurationRead.On(d.log).Info("the configuration was read again")
 	}
 	d.notify("READY=1")
 }
@@ -239,7 +272,7 @@ func (d *daemon) reconfigure() error {
 	}
 	old := d.cfg.Bus
 	if cfg.Identity != d.cfg.Identity || cfg.Bus.Socket != old.Socket || cfg.Bus.SpoolDir != old.SpoolDir || cfg.Bus.SpoolSize != old.SpoolSize {
-		d.log.Warn("[identity], socket and spool are read at the start alone; restart castra-guestd to change them")
+		logging.ConfigurationDoubtful.On(d.log).Warn("[identity], socket and spool are read at the start alone; restart castra-guestd to change them")
 	}
 	return nil
 }

@@ -11,6 +11,8 @@ import (
 	"path/filepath"
 	"strings"
 	"syscall"
+
+	"github.com/castrabus/castra/internal/statefile"
 )
 
 const (
@@ -95,32 +97,12 @@ func (r *Registry) syncDir(dir string) error {
 }
 
 // readFile reads a regular file of bounded size.
-func readFile(path string, flags int) ([]byte, error) {
-	// Not to wait for whoever might write into a pipe.
-	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK|flags, 0)
-	if errors.Is(err, syscall.ELOOP) {
-		return nil, errors.New("it is a symbolic link")
-	}
-	if err != nil {
-		return nil, err
-	}
-	defer func() { _ = f.Close() }() // it was opened for reading
-	if st, err := f.Stat(); err != nil {
-		return nil, err
-	} else if !st.Mode().IsRegular() {
-		return nil, errors.New("it is no regular file")
-	}
-	data, err := io.ReadAll(io.LimitReader(f, maxFile+1))
-	if err == nil && len(data) > maxFile {
-		err = fmt.Errorf("it is larger than %d bytes", maxFile)
-	}
-	return data, err
-}
+func readFile(path string, flags int) ([]byte, error) { return statefile.Read(path, maxFile, flags) }
 
 // readRecord reads the file that registers name.
 func readRecord(name, path string) (Entry, error) {
 	// A link leads out of the directory that castrad's user alone may write.
-	data, err := readFile(path, syscall.O_NOFOLLOW)
+	data, err := readFile(path, statefile.NoFollow)
 	if err != nil {
 		return Entry{}, err
 	}

@@ -34,12 +34,15 @@ type VM struct {
 	name  string
 	table *Table
 
-	frame, publish, heartbeat atomic.Int64 // when last, in ns since the table began; 0: never
-	silent                    atomic.Bool  // the sweep found it so
-	published, limited        atomic.Uint64
+	// When last, in ns since the table began; 0: never.
+	frame, publish, heartbeat, limitedAt atomic.Int64
+	silent                               atomic.Bool // the sweep found it so
+	published, limited                   atomic.Uint64
 
-	// Limit is its share of what the broker takes, kept across its sessions.
-	Limit Bucket
+	// Limit is its share of what the broker takes, and Frames of what it looks at,
+	// kept across its sessions.
+	Limit, Frames Bucket
+	searching     atomic.Bool
 
 	// Under the table's lock:
 	reachable   bool
@@ -54,6 +57,7 @@ type VM struct {
 	known       bool      // registered: kept however many names there are
 	forgotten   bool      // goes when its session does
 	pace        Bucket    // of its handshakes
+	rivals      rivalry
 }
 
 // Session is a live session, as far as the table needs to know it.
@@ -72,6 +76,7 @@ type Options struct {
 	ReachableWithin time.Duration // a session is reachable for so long after a frame
 	SessionTimeout  time.Duration // a session that says nothing for so long ends
 	MaxVMs          int           // names kept that nobody registered; 0: any number
+	NewVMs          Rate          // how fast such names may appear; zero: at any rate
 	MaxSessions     int           // at once; 0: any number
 }
 
@@ -85,8 +90,9 @@ type Table struct {
 	mu      sync.Mutex
 	opts    Options
 	vms     map[string]*VM
-	live    int // sessions
-	strange int // VMs that nobody registered
+	live    int    // sessions
+	strange int    // VMs that nobody registered
+	arrival Bucket // of names that nobody registered
 	changes []Change
 	touched map[string]struct{} // VMs whose record a person would watch has changed
 	refused refusals
@@ -125,6 +131,10 @@ func (t *Table) vm(name string) *VM {
 		if t.opts.MaxVMs > 0 && t.strange >= t.opts.MaxVMs && !t.makeRoom() {
 			return nil
 		}
+		// Each new name leaves records and files behind.
+		if t.opts.NewVMs.Records > 0 && t.arrival.Take(t.opts.NewVMs, 0, time.Now()) > 0 {
+			return nil
+		}
 		v = &VM{name: name, table: t, reason: ReasonNeverSeen}
 		t.vms[name] = v
 		t.strange++
@@ -132,20 +142,22 @@ func (t *Table) vm(name string) *VM {
 	return v
 }
 
-// makeRoom drops the stranger that was heard of longest ago, if there is one
-// that is neither connected nor reachable: names that come once must not keep
-// new ones out for ever. Call with the lock held.
+// makeRoom drops the stranger without a session that was heard of longest ago, if
+// there is one: names that come once must not keep new ones out for ever, be they
+// reachable by a handshake-only guest's word. Call with the lock held.
 func (t *Table) makeRoom() bool {
 	var oldest *VM
 	for _, v := range t.vms {
-		if !v.known && v.session == nil && !v.reachable && (oldest == nil || v.handshake.Before(oldest.handshake)) {
+		if !v.known && v.session == nil && (oldest == nil || v.handshake.Before(oldest.handshake)) {
 			oldest = v
 		}
 	}
-	if oldest != nil {
-		t.drop(oldest)
+	if oldest == nil {
+		return false
 	}
-	return oldest != nil
+	t.set(oldest, false, ReasonExpired)
+	t.drop(oldest)
+	return true
 }
 
 // drop removes an entry. Call with the lock held.
@@ -243,6 +255,7 @@ func (t *Table) Connect(name string, s Session, remote string, caps []string) (v
 	}
 	if v.session == nil {
 		t.live++
+		v.rivals.calm(time.Now())
 	}
 	old, v.session = v.session, s
 	v.remote, v.caps, v.topics = remote, caps, nil
@@ -255,15 +268,16 @@ func (t *Table) Connect(name string, s Session, remote string, caps []string) (v
 }
 
 // Pace takes a handshake off what a VM may do and gives how long it is to wait
-// first.
-func (t *Table) Pace(name string, r Rate) time.Duration {
+// first. ok is false where that is longer than most; nothing is taken then. A name
+// that is not in the table yet has all of its share.
+func (t *Table) Pace(name string, r Rate, most time.Duration) (wait time.Duration, ok bool) {
 	t.mu.Lock()
 	v := t.vms[name]
 	t.mu.Unlock()
 	if v == nil {
-		return 0
+		return 0, true
 	}
-	return v.pace.Take(r, 0, time.Now())
+	return v.pace.Reserve(r, most, time.Now())
 }
 
 // Disconnect ends s, unless a newer session has replaced it: the close of an
@@ -330,7 +344,17 @@ func (v *VM) Published(n int) {
 }
 
 // Limited notes a publish refused for its rate.
-func (v *VM) Limited() { v.limited.Add(1) }
+func (v *VM) Limited() {
+	v.limitedAt.Store(v.table.now())
+	v.limited.Add(1)
+}
+
+// Search tells whether the VM may search the log: only where it is not doing so
+// already, be it for a session that has ended. SearchDone must follow.
+func (v *VM) Search() bool { return v.searching.CompareAndSwap(false, true) }
+
+// SearchDone tells that the search is over.
+func (v *VM) SearchDone() { v.searching.Store(false) }
 
 // Name gives the VM's name.
 func (v *VM) Name() string { return v.name }
@@ -352,6 +376,9 @@ func (t *Table) Sweep() {
 	t.mu.Lock()
 	now := t.now()
 	for _, v := range t.vms {
+		if v.rivals.calm(time.Now()) {
+			t.touched[v.name] = struct{}{}
+		}
 		switch {
 		case v.session != nil:
 			quiet := time.Duration(now - v.frame.Load())
@@ -371,7 +398,7 @@ func (t *Table) Sweep() {
 			t.set(v, false, ReasonExpired)
 		}
 	}
-	changed := len(t.changes) > 0
+	changed := len(t.changes) > 0 || len(t.touched) > 0
 	t.mu.Unlock()
 	if changed {
 		t.wake()
@@ -386,6 +413,10 @@ func (t *Table) Sweep() {
 func (t *Table) Interval() time.Duration {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	return t.interval()
+}
+
+func (t *Table) interval() time.Duration {
 	return max(20*time.Millisecond, min(time.Second, t.opts.ReachableWithin/10, t.opts.SessionTimeout/10))
 }
 
@@ -403,6 +434,13 @@ func (t *Table) Changes() (changes []Change, touched []string) {
 		t.touched = make(map[string]struct{})
 	}
 	return changes, touched
+}
+
+// Has tells whether the VM called name is known.
+func (t *Table) Has(name string) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.vms[name] != nil
 }
 
 // SessionOf gives the live session of a VM, nil if there is none.

@@ -48,7 +48,8 @@ func (t *Table) describe(v *VM, now int64) (bus.VM, Session) {
 		LastPublishAgeMS: ageMS(now, v.publish.Load()), LastHeartbeatAgeMS: ageMS(now, v.heartbeat.Load()),
 		BusSubscribed: len(v.topics) > 0, Subscriptions: append([]string{}, v.topics...),
 		RemoteAddr: v.remote, Capabilities: append([]string{}, v.caps...),
-		Published: v.published.Load(), RateLimited: v.limited.Load(),
+		Published: v.published.Load(), RateLimited: v.limited.Load(), LastLimitedAgeMS: ageMS(now, v.limitedAt.Load()),
+		Superseded: v.rivals.total, Contended: v.rivals.contended(),
 		Forwards: []string{},
 	}
 	if v.reachable {
@@ -135,6 +136,24 @@ const (
 type refusal struct {
 	vm, reason string
 	at         time.Time
+	known      bool // a registered VM's
+	times      int  // up to manyTimes
+}
+
+// manyTimes is from when on a name counts as one that comes again and again.
+const manyTimes = 4
+
+// outlasts tells whether r is kept rather than o where there is room for one: a
+// flood of made-up names must not push out a VM that somebody runs. Those are
+// registered, or try again.
+func (r *refusal) outlasts(o *refusal) bool {
+	if r.known != o.known {
+		return r.known
+	}
+	if r.times != o.times {
+		return r.times > o.times
+	}
+	return r.at.After(o.at)
 }
 
 // refusals are kept oldest first, one a name.
@@ -144,9 +163,28 @@ type refusals []refusal
 func (t *Table) Refuse(name, reason string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	r := slices.DeleteFunc(t.refused, func(r refusal) bool { return r.vm == name })
-	r = append(r, refusal{name, reason, time.Now()})
-	t.refused = r[max(0, len(r)-maxRefused):]
+	v := t.vms[name]
+	fresh := refusal{vm: name, reason: reason, at: time.Now(), known: v != nil && v.known, times: 1}
+	if i := slices.IndexFunc(t.refused, func(r refusal) bool { return r.vm == name }); i >= 0 {
+		if time.Since(t.refused[i].at) <= refusedFor {
+			fresh.times = min(manyTimes, t.refused[i].times+1)
+		}
+		t.refused = slices.Delete(t.refused, i, i+1)
+	}
+	if len(t.refused) >= maxRefused {
+		least := 0
+		for i := range t.refused {
+			old := time.Since(t.refused[i].at) > refusedFor
+			if old || t.refused[least].outlasts(&t.refused[i]) {
+				least = i
+			}
+			if old {
+				break
+			}
+		}
+		t.refused = slices.Delete(t.refused, least, least+1)
+	}
+	t.refused = append(t.refused, fresh)
 }
 
 // Admitted drops name from the list of those turned away.

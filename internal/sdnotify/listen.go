@@ -20,10 +20,20 @@ const (
 
 const firstPassed = 3 // SD_LISTEN_FDS_START, sd_listen_fds(3)
 
-// Passed is a listening socket that systemd passed in.
+// Passed is what systemd passed in: a listening socket, or what was given to
+// [Store] before the service was restarted.
 type Passed struct {
-	Use      string       // one of the Socket constants
+	Use      string       // one of the Socket constants, or HandOver
 	Listener net.Listener // a *net.TCPListener, or a *net.UnixListener whose path stays when it is closed
+	Stored   *os.File     // for HandOver, in place of Listener
+}
+
+// Close closes it.
+func (p Passed) Close() error {
+	if p.Stored != nil {
+		return p.Stored.Close()
+	}
+	return p.Listener.Close()
 }
 
 // Listeners takes over the sockets that systemd passed in, none if it passed
@@ -66,7 +76,7 @@ func Listeners() ([]Passed, error) {
 		p, err := takeOver(firstPassed+i, name)
 		if err != nil {
 			for _, p := range all {
-				err = errors.Join(err, p.Listener.Close())
+				err = errors.Join(err, p.Close())
 			}
 			return nil, fmt.Errorf("socket %d, passed in as %q: %w", firstPassed+i, name, err)
 		}
@@ -77,6 +87,11 @@ func Listeners() ([]Passed, error) {
 
 func takeOver(fd int, name string) (Passed, error) {
 	unix.CloseOnExec(fd)
+	if name == HandOver {
+		// Whatever it is: who left it may be of another version, and what cannot
+		// be used must not keep this one from starting.
+		return Passed{Use: name, Stored: os.NewFile(uintptr(fd), name)}, nil
+	}
 	use, err := useOf(name)
 	if err != nil {
 		return Passed{}, err

@@ -35,6 +35,10 @@ func serve(pid string) {
 		fmt.Println("error:", err)
 	}
 	for _, p := range passed {
+		if p.Stored != nil {
+			fmt.Println(p.Use)
+			continue
+		}
 		fmt.Println(p.Use, p.Listener.Addr().Network(), p.Listener.Addr())
 	}
 	for _, v := range os.Environ() {
@@ -52,7 +56,7 @@ func serve(pid string) {
 		}
 	}
 	for _, p := range passed {
-		p.Listener.Close()
+		p.Close()
 	}
 }
 
@@ -108,6 +112,8 @@ func TestListeners(t *testing.T) {
 		{pass: "tcp unix", names: "", want: "bus tcp |bus unix "},
 		{pass: "tcp", names: "bus", pid: "1", want: ""},
 		{pass: "", names: "", want: ""},
+		{pass: "file tcp", names: "handover:bus", want: "handover|bus tcp "}, // whatever it is: it is judged elsewhere
+		{pass: "seqpacket", names: "handover", want: "handover"},
 
 		{pass: "tcp unix", names: "bus:buss", want: `error: socket 4, passed in as "buss": nothing is known`},
 		{pass: "tcp", names: "connection", want: `error: socket 3, passed in as "connection": nothing is known`},

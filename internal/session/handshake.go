@@ -16,8 +16,9 @@ import (
 )
 
 const (
-	nonceBytes = 16 // contract 2: 32 hex digits
-	tokenBytes = 16 // contract 2: at least 128 random bits
+	nonceBytes  = 16 // contract 2: 32 hex digits
+	tokenBytes  = 16 // contract 2: at least 128 random bits
+	tokenPrefix = "sess-"
 
 	// lingerFor and lingerBytes bound how much of a peer's last words is read
 	// after ours: closing with unread bytes makes the kernel send a reset,
@@ -30,21 +31,28 @@ const (
 // done. It may return long before the connection is closed, which is when done is
 // called.
 func Serve(ctx context.Context, conn Conn, b Broker, opts Options, done func()) {
-	h := handshake{ctx: ctx, conn: conn, broker: b, opts: opts, remote: conn.RemoteAddr().String()}
+	shaking, shaken := context.WithTimeout(ctx, opts.HandshakeTimeout)
+	h := handshake{ctx: shaking, conn: conn, broker: b, opts: opts, remote: conn.RemoteAddr().String()}
 	hangUp := context.AfterFunc(ctx, func() { _ = conn.Close() }) // nothing is owed to who has not said hello
 	s, early := h.run()
 	hangUp()
+	shaken()
 	if s == nil {
 		linger(conn)
 		done()
 		return
 	}
+	s.endWith(ctx, done)
+	s.run(early)
+}
+
+// endWith ends the session when ctx is done, and has done called when it has ended.
+func (s *Session) endWith(ctx context.Context, done func()) {
 	stop := context.AfterFunc(ctx, func() { s.End(TroubleShutdown, "castrad is ending") })
 	s.done = func() {
 		stop()
 		done()
 	}
-	s.run(early)
 }
 
 // handshake is one connection before it is a session.
@@ -122,7 +130,7 @@ func (h *handshake) challenge(key []byte) string {
 
 // attend answers a guest that only shakes hands.
 func (h *handshake) attend() {
-	if d := h.broker.Attend(h.hello, h.remote); d.Refuse != "" {
+	if d := h.broker.Attend(h.ctx, h.hello, h.remote); d.Refuse != "" {
 		h.refuse(d.Refuse)
 		return
 	}
@@ -137,22 +145,24 @@ func (h *handshake) grant(key []byte, nonce string) *Session {
 		h.record("denied", wire.ReasonIOError)
 		return nil
 	}
-	s := &Session{
-		opts: h.opts, broker: h.broker, conn: h.conn, raw: raw,
-		remote: h.remote, vm: h.hello.VM, token: "sess-" + randomHex(tokenBytes),
-		reading: make(chan struct{}, 1), writer: make(chan struct{}, 1),
-	}
+	s := newSession(h.conn, raw, h.broker, h.opts)
+	s.remote, s.vm, s.token = h.remote, h.hello.VM, tokenPrefix+randomHex(tokenBytes)
 	guest, d := h.broker.Admit(h.ctx, s, h.hello, key)
 	if d.Refuse != "" {
 		h.refuse(d.Refuse)
 		return nil
 	}
 	s.guest = guest
+	// From here on it is a session, and ends or is handed over as one.
+	err = h.conn.SetDeadline(time.Time{})
+	if err == nil {
+		err = h.conn.SetWriteDeadline(time.Now().Add(h.opts.HandshakeTimeout))
+	}
 	proof := ""
 	if key != nil {
 		proof = hex.EncodeToString(wire.ServerProof(key, h.hello.VM, h.hello.Caps, h.hello.Nonce, nonce, s.token))
 	}
-	if !h.say(wire.AppendOK(nil, s.token, proof)) {
+	if err != nil || s.ended.Load() != nil || !h.say(wire.AppendOK(nil, s.token, proof)) {
 		end := s.ended.Load()
 		if end == nil {
 			end = &End{Reason: TroubleIOError, Detail: "the guest left during the handshake"}
@@ -160,7 +170,7 @@ func (h *handshake) grant(key []byte, nonce string) *Session {
 		h.broker.Release(s, *end)
 		return nil
 	}
-	if err := h.conn.SetDeadline(time.Time{}); err != nil {
+	if err := h.conn.SetWriteDeadline(time.Time{}); err != nil {
 		h.broker.Release(s, End{Reason: TroubleIOError, Detail: err.Error()})
 		return nil
 	}

@@ -40,13 +40,22 @@ type reply struct {
 
 var workspaces = sync.Pool{New: func() any { return &workspace{buf: make([]byte, readSize)} }}
 
-// run reads until the session is parked, or ends; then it says why.
+// run reads until the session is idle, or ends; then it says why.
 func (s *Session) run(early []byte) {
 	err := s.read(early)
-	if errors.Is(err, errParked) {
+	if errors.Is(err, errIdle) {
 		return
 	}
+	defer s.done()
 	end := s.ended.Load()
+	if end == handingOver {
+		if errors.Is(err, errEnded) { // stopped between two frames, and all is well
+			s.park()
+			return
+		}
+		s.ended.CompareAndSwap(end, nil)
+		end = nil
+	}
 	if end == nil {
 		end = &End{}
 		switch {
@@ -61,7 +70,6 @@ func (s *Session) run(early []byte) {
 		}
 	}
 	s.bye(*end)
-	s.done()
 }
 
 // bye says why the session ends, and takes it down. The table of VMs knows it
@@ -72,9 +80,9 @@ func (s *Session) bye(end End) {
 	}
 	_ = s.conn.SetWriteDeadline(time.Unix(1, 0)) // a delivery under way gives the token back
 	s.writer <- struct{}{}
-	if code := fatalCode(end.Reason); code != "" && !s.torn {
+	if code := fatalCode(end.Reason); code != "" && (!s.torn || len(s.unsent) > 0) {
 		_ = s.conn.SetWriteDeadline(time.Now().Add(lingerFor))
-		_, _ = s.conn.Write(wire.AppendErrorFrame(nil, code, end.Detail))
+		_, _ = s.conn.Write(wire.AppendErrorFrame(s.unsent, code, end.Detail))
 	}
 	<-s.writer // whoever takes it now finds the session ended, and writes nothing
 	s.broker.Release(s, end)
@@ -106,43 +114,71 @@ func fatalCode(reason string) string {
 	}
 }
 
-// read serves bursts of frames until an error ends it, errParked among them.
+// read serves bursts of frames until an error ends it, errIdle among them.
 func (s *Session) read(early []byte) error {
 	rest := early // an incomplete frame, held in no more room than it needs
 	var err error
-	if !s.resumed {
-		err = s.rest(false, true)
+	if !s.woken {
+		err = s.pause(false, true)
 	}
 	for err == nil {
 		var ws *workspace
 		var n int
-		if ws, n, err = s.receive(rest); err == nil {
-			var left []byte
-			if left, err = s.burst(&ws, ws.buf[:n]); err != nil {
-				return err
-			}
-			rest = append(rest[:0], left...)
-			if len(rest) == 0 {
-				rest = nil // an idle session holds no buffer
-			}
-			workspaces.Put(ws)
-			err = s.rest(len(rest) == 0, true)
-		} else if errors.Is(err, errIdle) {
-			err = s.rest(len(rest) == 0, false)
+		if ws, n, err = s.receive(&rest); errors.Is(err, errNothing) {
+			err = s.pause(len(rest) == 0, false)
+			continue
 		}
+		if err != nil {
+			break
+		}
+		var left []byte
+		if left, err = s.burst(&ws, ws.buf[:n]); err != nil {
+			return err
+		}
+		rest = append(rest[:0], left...)
+		if len(rest) == 0 {
+			rest = nil // an idle session holds no buffer
+		}
+		workspaces.Put(ws)
+		s.rest()
+		err = s.pause(len(rest) == 0, true)
 	}
+	s.unread = rest
 	return err
 }
 
+const (
+	// subscriptionCost is how many frames' work a change of subscriptions is.
+	subscriptionCost = 100
+	// bytesCost is how many bytes of a frame are another frame's work.
+	bytesCost = 1 << 10
+	// restReads is how many reads of one frame are counted together.
+	restReads = 256
+	// restStep is how soon a session that rests notices that it has ended.
+	restStep = 50 * time.Millisecond
+)
+
+// rest reads nothing for as long as the guest has made more work than is its share:
+// what it sends meanwhile waits at its own end of the connection.
+func (s *Session) rest() {
+	spent := s.spent
+	if s.spent = 0; spent == 0 {
+		return
+	}
+	for left := s.guest.Spend(spent); left > 0 && s.ended.Load() == nil; left -= restStep {
+		time.Sleep(min(left, restStep))
+	}
+}
+
 // receive waits for bytes and borrows a workspace once there are some. Behind an
-// incomplete frame it waits until that is whole.
-func (s *Session) receive(rest []byte) (ws *workspace, n int, err error) {
-	if len(rest) > 0 {
-		if rest, err = s.complete(rest); err != nil {
+// incomplete frame, rest, it waits until that is whole.
+func (s *Session) receive(rest *[]byte) (ws *workspace, n int, err error) {
+	if len(*rest) > 0 {
+		if *rest, err = s.complete(*rest); err != nil {
 			return nil, 0, err
 		}
 		ws = workspaces.Get().(*workspace)
-		return ws, copy(ws.buf, rest), nil
+		return ws, copy(ws.buf, *rest), nil
 	}
 	n, err = s.readInto(func() []byte {
 		ws = workspaces.Get().(*workspace)
@@ -159,7 +195,7 @@ func (s *Session) receive(rest []byte) (ws *workspace, n int, err error) {
 
 // complete reads until the frame that begins in rest is whole, or can be seen
 // to be none. The buffer grows with what has arrived, not with what a length
-// announces.
+// announces. With an error, too, it gives what it has.
 func (s *Session) complete(rest []byte) ([]byte, error) {
 	for {
 		if f, _, err := wire.NextFrame(rest); f != nil || err != nil {
@@ -172,8 +208,8 @@ func (s *Session) complete(rest []byte) ([]byte, error) {
 		room := slices.Grow(rest, min(need-len(rest), max(512, len(rest))))
 		room = room[:min(cap(room), need)]
 		n, err := s.readInto(func() []byte { return room[len(rest):] }, func() {})
-		if errors.Is(err, errIdle) {
-			if err = s.rest(false, false); err == nil {
+		if errors.Is(err, errNothing) {
+			if err = s.pause(false, false); err == nil {
 				continue
 			}
 		}
@@ -181,13 +217,16 @@ func (s *Session) complete(rest []byte) ([]byte, error) {
 			err = fmt.Errorf("the connection closed inside a frame: %w", io.ErrUnexpectedEOF)
 		}
 		if err != nil {
-			return nil, err
+			return rest, err
 		}
 		rest = room[:len(rest)+n]
+		if s.spent++; s.spent >= restReads { // each takes a system call, be it for one byte
+			s.rest()
+		}
 	}
 }
 
-// readInto reads once, waiting until it can, or gives errIdle. The buffer is asked
+// readInto reads once, waiting until it can, or gives errNothing. The buffer is asked
 // for before each try and given back when there was nothing to read, so that waiting
 // holds none.
 func (s *Session) readInto(borrow func() []byte, giveBack func()) (n int, err error) {
@@ -208,20 +247,23 @@ func (s *Session) readInto(borrow func() []byte, giveBack func()) (n int, err er
 		return true
 	}
 	var waitErr error
-	if s.resumed { // the deadline is an old one
+	switch {
+	case !s.woken:
+		waitErr = s.raw.Read(try)
+	case s.ended.Load() != nil:
+		err = errEnded
+	default: // the deadline is an old one
 		waitErr = s.raw.Control(func(fd uintptr) {
 			if !try(fd) {
-				err = errIdle
+				err = errNothing
 			}
 		})
-	} else {
-		waitErr = s.raw.Read(try)
 	}
 	if waitErr != nil {
 		err = waitErr
 	}
 	if errors.Is(err, os.ErrDeadlineExceeded) {
-		if err = errIdle; s.ended.Load() != nil {
+		if err = errNothing; s.ended.Load() != nil {
 			err = errEnded
 		}
 	}
@@ -240,6 +282,7 @@ func (s *Session) burst(ws **workspace, data []byte) (left []byte, err error) {
 			s.guest.Heard() // a frame is a sign of life, a byte of one is not
 		}
 		w := *ws
+		s.spent += len(frame) / bytesCost
 		if err == nil {
 			err = w.dec.Decode(frame, &w.msg)
 		}
@@ -262,7 +305,11 @@ func (s *Session) frame(ws **workspace, rest []byte) ([]byte, error) {
 	w := *ws
 	m := &w.msg
 	kind := ackKind(m)
-	s.resumed = s.resumed && (m.Type == wire.TypeHeartbeat || m.Type == wire.TypeAck)
+	s.woken = s.woken && (m.Type == wire.TypeHeartbeat || m.Type == wire.TypeAck)
+	s.spent++
+	if m.Type == wire.TypeSubscribe || m.Type == wire.TypeUnsubscribe {
+		s.spent += subscriptionCost - 1
+	}
 	refuseFrame := func(code bus.Code, reason string) ([]byte, error) {
 		w.acks = append(w.acks, reply{ack: wire.Ack{Kind: kind, Code: string(code), Reason: reason, Topic: w.keep(m.Topic), ID: w.keep(m.ID)}, entry: -1})
 		return rest, nil

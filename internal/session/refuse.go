@@ -2,6 +2,7 @@ package session
 
 import (
 	"errors"
+	"fmt"
 	"time"
 
 	"github.com/castrabus/castra/internal/bus"
@@ -65,10 +66,43 @@ func ackKind(m *wire.Message) string {
 	}
 }
 
-// noteLimited records a refusal for the rate, at most one a second.
+// notes holds when a session's run into a limit was last recorded, and how often it
+// has done so since. Each limit is its reader's or its writer's to note.
+type notes struct {
+	rate, subscriptions, slow note
+}
+
+type note struct {
+	at    time.Time
+	count int
+}
+
+// noteInterval is how often at most a session's run into one limit is recorded.
+const noteInterval = 10 * time.Second
+
+// due counts one, and gives how many there are to be recorded: 0, or all since the
+// last time.
+func (n *note) due() int {
+	n.count++
+	now := time.Now()
+	if !n.at.IsZero() && now.Sub(n.at) < noteInterval {
+		return 0
+	}
+	count := n.count
+	n.at, n.count = now, 0
+	return count
+}
+
+// noteLimited records refusals for the rate.
 func (s *Session) noteLimited() {
-	if now := time.Now(); now.Sub(s.limitedAt) >= time.Second {
-		s.limitedAt = now
-		s.broker.Trouble(s, TroubleRateLimited, ActionThrottle, "publish_rate, publish_burst or publish_bytes exceeded")
+	if n := s.noted.rate.due(); n > 0 {
+		s.broker.Trouble(s, TroubleRateLimited, ActionThrottle, fmt.Sprintf("publish_rate, publish_burst or publish_bytes exceeded, %d refused", n))
+	}
+}
+
+// noteSubscriptions records subscriptions refused because there are enough.
+func (s *Session) noteSubscriptions() {
+	if n := s.noted.subscriptions.due(); n > 0 {
+		s.broker.Trouble(s, TroubleQueueFull, ActionReject, fmt.Sprintf("max_subscriptions: a session may have %d, %d more refused", s.opts.MaxSubscriptions, n))
 	}
 }

@@ -25,14 +25,20 @@ type Broker interface {
 	// Decide says what to answer to a hello: whether it is to be refused, and
 	// with which key it must prove its name, if any.
 	Decide(h wire.Hello) Decision
-	// Attend notes the ok given to a handshake-only guest.
-	Attend(h wire.Hello, remote string) Decision
+	// Attend notes the ok given to a handshake-only guest. Like Admit it may make
+	// the guest wait, until ctx is done at most.
+	Attend(ctx context.Context, h wire.Hello, remote string) Decision
 	// Admit makes s the session of its VM, which ends the one before. proven is
 	// the key that the guest has proved to hold, nil if none was asked for.
 	Admit(ctx context.Context, s *Session, h wire.Hello, proven []byte) (Guest, Decision)
 	// Release notes that s has ended, and why.
 	Release(s *Session, end End)
-	// Refused records a handshake that granted nothing.
+	// Park takes in a session that has stopped to be handed over, and returns once
+	// it is decided whether it is: then nothing more is to be done with it, not
+	// even to be released.
+	Park(s *Session) (handedOver bool)
+	// Refused records a handshake that granted nothing. It may hold its answer back
+	// for a moment.
 	Refused(r Refusal)
 
 	// Append commits a batch of s's records, see [eventlog.Log.Append].
@@ -71,6 +77,13 @@ type Guest interface {
 	Allow(n int) (wait time.Duration)
 	// Published notes n records stored.
 	Published(n int)
+	// Spend takes the work that n small frames make off the VM's share, and gives
+	// how long to read nothing of it.
+	Spend(n int) (rest time.Duration)
+	// Search tells whether the VM may search the log backwards, which it may do
+	// once at a time. SearchDone must follow.
+	Search() bool
+	SearchDone()
 }
 
 // Refusal is a handshake that granted nothing.
@@ -120,7 +133,7 @@ type Options struct {
 	Scans chan struct{}
 	Lazy  bool // acks are given before records are durable, and say so
 	Log   *eventlog.Log
-	Lot   *Lot // where idle sessions wait
+	Idle  *Idle // where sessions wait that have nothing to do
 }
 
 // Conn is what a session runs over: a TCP or Unix stream connection.
@@ -157,18 +170,23 @@ type Session struct {
 	waiting []byte
 	torn    bool // part of a frame went out last; with writer
 
+	// What a session that is handed over takes with it, see Frozen.
+	unread []byte // the reader's
+	unsent []byte // with writer
+
 	deliveries delivering
 	background sync.WaitGroup // searches of the log
 	ended      atomic.Pointer[End]
-	limitedAt  time.Time // when a refusal for the rate was last recorded
-	done       func()    // called once, when all of it has ended
+	done       func() // called once, when all of it has ended
+	spent      int    // frames of the burst that is being read
+	noted      notes  // what was recorded last of the limits that it runs into
 
 	// Of whoever reads: when frames came last, until when reading waits before it is
-	// seen whether the session is idle, and whether it was parked and has heard nothing
-	// but heartbeats since.
+	// seen whether the session is idle, and whether it was, and has heard nothing but
+	// heartbeats since.
 	heardAt, checkAt time.Time
-	resumed          bool
-	spot             uint64 // in the lot, under its lock; 0: none yet
+	woken            bool
+	spot             uint64 // in Idle, under its lock; 0: none yet
 }
 
 // VM gives the name of the guest.
@@ -190,7 +208,7 @@ func (s *Session) End(reason, detail string) {
 		// A deadline in the past wakes reader and writer; the reader then says
 		// good-bye and closes.
 		_ = s.conn.SetDeadline(time.Unix(1, 0))
-		s.opts.Lot.wake(s)
+		s.opts.Idle.wake(s)
 	}
 }
 

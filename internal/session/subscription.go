@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
-	"math"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -171,6 +170,9 @@ func (s *Session) change(r request) error {
 	}
 	if err != nil {
 		refuse(&a, err)
+		if a.Code == string(bus.CodeTooManySubscriptions) {
+			s.noteSubscriptions()
+		}
 		return s.write(wire.AppendAckFrame(nil, &a))
 	}
 	if sub != nil {
@@ -254,11 +256,11 @@ func (s *Session) replace(name string, sub *Subscription) {
 // prepare checks a subscribe frame and makes the subscription, already known
 // to the broker but not yet to the session.
 func (s *Session) prepare(r request) (*Subscription, error) {
-	pattern, err := wire.ParsePattern(r.topic)
+	sub, err := s.newSubscription(r.name, r.topic, r.cursor)
 	if err != nil {
 		return nil, bus.Errorf(bus.CodeBadTopic, "%v", err)
 	}
-	if owner, owned := pattern.VM(); owned && owner != s.vm {
+	if owner, owned := sub.pattern.VM(); owned && owner != s.vm {
 		return nil, bus.Errorf(bus.CodeForbidden, "topic %s belongs to another VM", r.topic)
 	}
 	if strings.HasPrefix(r.topic, wire.BrokerPrefix) {
@@ -269,10 +271,6 @@ func (s *Session) prepare(r request) (*Subscription, error) {
 	if !known && len(held) >= s.opts.MaxSubscriptions {
 		return nil, bus.Errorf(bus.CodeTooManySubscriptions, "a session may have %d subscriptions; unsubscribe from one first", s.opts.MaxSubscriptions)
 	}
-	sub := &Subscription{s: s, name: r.name, topic: r.topic, pattern: pattern, cursor: r.cursor}
-	sub.start.Store(math.MaxUint64)
-	sub.visible = s.broker.Visible(s.vm)
-	sub.prefix = append(wire.AppendString([]byte(`{"type":"publish","subscription":`), r.name), ',')
 	start, err := sub.begin(r.from)
 	if err == nil && r.cursor != "" {
 		start, err = s.broker.OpenCursor(sub, start)
@@ -301,13 +299,7 @@ func (sub *Subscription) begin(from wire.From) (uint64, error) {
 	case wire.FromSeq:
 		start = max(1, from.N)
 	case wire.FromLast:
-		sub.s.opts.Scans <- struct{}{}
-		if sub.own() {
-			start, err = log.LastMatchingOf(vm, from.N, sub.hears)
-		} else {
-			start, err = log.LastMatching(from.N, sub.hears)
-		}
-		<-sub.s.opts.Scans
+		start, err = sub.search(from.N)
 	case wire.FromTime:
 		if sub.own() {
 			start, err = log.FirstSinceOf(vm, from.Time)
@@ -319,6 +311,37 @@ func (sub *Subscription) begin(from wire.From) (uint64, error) {
 		sub.s.broker.Unsubscribe(sub)
 	}
 	return start, err
+}
+
+// searchSlice is how long a search may go on while others wait for their turn.
+const searchSlice = 50 * time.Millisecond
+
+// search looks for the n-th last record that the subscription may hear. It takes
+// turns with others, so that a search through all that is kept does not hold up one
+// for the last few records.
+func (sub *Subscription) search(n uint64) (uint64, error) {
+	s := sub.s
+	if !s.guest.Search() {
+		refusal := bus.Errorf(bus.CodeStorageStalled, "this VM is searching the event log already; subscribe again when that is done")
+		refusal.RetryAfter = searchTime
+		return 0, refusal
+	}
+	defer s.guest.SearchDone()
+	s.opts.Scans <- struct{}{}
+	defer func() { <-s.opts.Scans }()
+	began, looked := time.Now(), 0
+	hears := func(rec *eventlog.Record) bool {
+		if looked++; looked%256 == 0 && time.Since(began) >= searchSlice {
+			<-s.opts.Scans
+			s.opts.Scans <- struct{}{} // those who wait come first
+			began = time.Now()
+		}
+		return sub.hears(rec)
+	}
+	if sub.own() {
+		return s.opts.Log.LastMatchingOf(s.vm, n, hears)
+	}
+	return s.opts.Log.LastMatching(n, hears)
 }
 
 // own tells whether everything that the subscription may hear is in its VM's

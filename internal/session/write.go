@@ -18,6 +18,9 @@ const (
 	// WriteTimeout: however slow, it is alive while it reads.
 	slowStep = 4 << 10
 
+	// slowNotice is after how long without taking anything a guest is called slow.
+	slowNotice = 5 * time.Second
+
 	// maxWaiting bounds the answers that wait for the writer. Beyond it frames
 	// are no longer read: the guest has to read first.
 	maxWaiting = 64 << 10
@@ -186,7 +189,7 @@ func (s *Session) release() error {
 // nothing for WriteTimeout loses its session.
 func (s *Session) send(b []byte) error {
 	if s.ended.Load() != nil {
-		return errEnded
+		return s.keep(b)
 	}
 	var n int
 	var err error
@@ -200,6 +203,7 @@ func (s *Session) send(b []byte) error {
 	n = max(0, n)
 	switch {
 	case n == len(b):
+		s.torn = false
 		return nil
 	case waitErr != nil:
 		err = waitErr
@@ -209,12 +213,16 @@ func (s *Session) send(b []byte) error {
 		n += m
 	}
 	if err == nil {
+		s.torn = false
 		return nil
 	}
-	s.torn = n > 0
+	s.torn = s.torn || n > 0
 	if errors.Is(err, os.ErrDeadlineExceeded) {
-		s.End(TroubleSlowConsumer, s.slowness(len(b)-n)) // unless it was ended already
-		return errEnded
+		s.End(TroubleSlowConsumer, s.slowness(len(b)-n, s.opts.WriteTimeout)) // unless it was ended already
+		err = errEnded
+	}
+	if errors.Is(err, errEnded) {
+		return s.keep(b[n:])
 	}
 	return fmt.Errorf("writing to the guest: %w", err)
 }
@@ -223,13 +231,7 @@ func (s *Session) send(b []byte) error {
 // wrote.
 func (s *Session) sendSlowly(b []byte) (n int, err error) {
 	for n < len(b) {
-		if err := s.conn.SetWriteDeadline(time.Now().Add(s.opts.WriteTimeout)); err != nil {
-			return n, err
-		}
-		if s.ended.Load() != nil { // End came first, and its deadline was just replaced
-			return n, errEnded
-		}
-		m, err := s.conn.Write(b[n:min(len(b), n+slowStep)])
+		m, err := s.sendStep(b[n:], min(len(b)-n, slowStep))
 		n += m
 		if err != nil {
 			return n, err
@@ -238,7 +240,38 @@ func (s *Session) sendSlowly(b []byte) (n int, err error) {
 	return n, s.conn.SetWriteDeadline(time.Time{})
 }
 
-func (s *Session) slowness(unsent int) string {
+// sendStep writes the first size bytes of b within WriteTimeout, and tells of a
+// guest that takes its time.
+func (s *Session) sendStep(b []byte, size int) (n int, err error) {
+	end := time.Now().Add(s.opts.WriteTimeout)
+	for n < size {
+		next := time.Now().Add(slowNotice)
+		if next.After(end) {
+			next = end
+		}
+		if err := s.conn.SetWriteDeadline(next); err != nil {
+			return n, err
+		}
+		if s.ended.Load() != nil { // End came first, and its deadline was just replaced
+			return n, errEnded
+		}
+		m, err := s.conn.Write(b[n:size])
+		n += m
+		if errors.Is(err, os.ErrDeadlineExceeded) && s.ended.Load() == nil && time.Now().Before(end) {
+			if s.noted.slow.due() > 0 {
+				s.broker.Trouble(s, TroubleSlowConsumer, ActionThrottle, s.slowness(len(b)-n, slowNotice))
+			}
+			continue
+		}
+		if err != nil {
+			return n, err
+		}
+	}
+	return n, nil
+}
+
+// slowness names what a guest does not read, and how much of it there is.
+func (s *Session) slowness(unsent int, since time.Duration) string {
 	topic := ""
 	var most uint64
 	committed := s.opts.Log.Committed()
@@ -247,5 +280,5 @@ func (s *Session) slowness(unsent int) string {
 			most, topic = lag, sub.topic
 		}
 	}
-	return fmt.Sprintf("topic %q lags by %d records, %d bytes unread for %v", topic, most, unsent, s.opts.WriteTimeout)
+	return fmt.Sprintf("topic %q lags by %d records, %d bytes unread for %v", topic, most, unsent, since)
 }

@@ -47,7 +47,10 @@ func validName[T string | []byte](s T, limit int) bool {
 func ValidName(s string) bool { return validName(s, MaxName) }
 
 // Reserved reports whether name is the host's own, in any case.
-func Reserved(name string) bool { return strings.EqualFold(name, ReservedName) }
+func Reserved(name string) bool {
+	// Not by EqualFold alone, to which "ho\u017ft" is the same: that is no name.
+	return len(name) == len(ReservedName) && strings.EqualFold(name, ReservedName)
+}
 
 // ValidSubName reports whether s may name a subscription or a cursor: a VM
 // name's characters, at most MaxSubName of them.

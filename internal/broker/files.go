@@ -1,0 +1,30 @@
+package broker
+
+import "syscall"
+
+// fileBudget shares out the descriptors that the process may have, so that no
+// number of connections takes those that the log, D-Bus and other guests need.
+type fileBudget struct{ total int }
+
+// openFiles gives the budget. The Go runtime has raised the soft limit to the hard
+// one already (os package, since Go 1.19).
+func openFiles() fileBudget {
+	var r syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &r); err != nil || r.Cur > 1<<30 {
+		return fileBudget{1 << 30}
+	}
+	return fileBudget{int(r.Cur)}
+}
+
+// Half is for sessions and an eighth for handshakes; what is left is for the log's
+// files, the VMs' streams, tails and D-Bus, and for connections that are being
+// closed. With the 65,536 of castrad.service neither bites below its default.
+func (f fileBudget) sessions(limit int) int   { return capped(limit, f.total/2) }
+func (f fileBudget) handshakes(limit int) int { return capped(limit, f.total/8) }
+
+func capped(limit, most int) int {
+	if limit <= 0 {
+		return most
+	}
+	return max(1, min(limit, most))
+}

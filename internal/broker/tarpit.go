@@ -1,0 +1,46 @@
+package broker
+
+import (
+	"context"
+	"time"
+
+	"github.com/castrabus/castra/internal/presence"
+)
+
+// Connections cost the broker work before anybody has proved anything, and all come
+// from one address. Those that end in a session are as many as VMs may make them;
+// the others have a share together, and beyond it wait.
+var (
+	// strangers are connections that got no session so far: how many a second are
+	// accepted, and how many at once. What waits does so in the kernel's queue, of
+	// which castrad.socket has 4096: an honest guest's turn comes well within the
+	// time that a handshake may take.
+	strangers = presence.Rate{Records: 1000, Burst: 1000, Bytes: 1}
+
+	// refusals are answered at once as long as there are no more than these; then
+	// each answer waits for tarpitDelay. It costs nothing to wait.
+	refusals = presence.Rate{Records: 20, Burst: 300, Bytes: 1}
+)
+
+const tarpitDelay = 250 * time.Millisecond
+
+// acceptTurn is how long to wait before the next connection is accepted.
+func (b *Broker) acceptTurn() time.Duration {
+	return b.strangers.Spend(strangers, 1, time.Now())
+}
+
+// acceptable gives back what a connection took that got a session.
+func (b *Broker) acceptable() { b.strangers.Spend(strangers, -1, time.Now()) }
+
+// tarpit holds the answer to a refused handshake back where there are many.
+func (b *Broker) tarpit(ctx context.Context) {
+	if b.refusals.Take(refusals, 0, time.Now()) == 0 {
+		return
+	}
+	t := time.NewTimer(tarpitDelay)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-ctx.Done():
+	}
+}

@@ -1,0 +1,92 @@
+package eventlog
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+)
+
+// checkpoint makes what was copied durable, and then the position.
+func (p *perVM) checkpoint() error {
+	if err := p.syncAll(); err != nil {
+		_ = p.distrust(err)
+		p.forget()
+		return err
+	}
+	p.synced = p.position.Load()
+	if err := p.savePosition(p.synced); err != nil {
+		return fmt.Errorf("saving how far the VMs' streams are: %w", err)
+	}
+	p.saved.Store(p.synced)
+	p.since = 0
+	p.log.lookAround()
+	return nil
+}
+
+// syncAll makes everything durable that was copied.
+func (p *perVM) syncAll() error {
+	for _, vm := range p.unsynced { // by name: what was known of its files may have been forgotten
+		s, err := p.stream([]byte(vm))
+		if err != nil {
+			return err
+		}
+		if err := s.sync(&p.open); err != nil {
+			return err
+		}
+	}
+	for _, vm := range p.unsynced {
+		if s := p.known(vm); s != nil {
+			s.unsynced = false
+		}
+	}
+	p.unsynced = p.unsynced[:0]
+	if p.newDirs {
+		if err := p.log.opts.FS.SyncDir(p.opts.Dir); err != nil {
+			return err
+		}
+		p.newDirs = false
+	}
+	if p.newIDs {
+		if err := p.log.opts.FS.SyncDir(p.opts.IDDir); err != nil {
+			return err
+		}
+		p.newIDs = false
+	}
+	return nil
+}
+
+type savedPosition struct {
+	Seq uint64 `json:"seq"`
+	// Lazy: what was copied may not have been durable in the host stream.
+	Lazy bool `json:"lazy,omitempty"`
+}
+
+func (p *perVM) loadPosition() (savedPosition, error) {
+	var none savedPosition
+	f, err := openOwn(p.log.opts.FS, p.opts.PositionFile, os.O_RDONLY, p.opts.OnAside)
+	if errors.Is(err, fs.ErrNotExist) {
+		return none, nil
+	}
+	if err != nil {
+		return none, err
+	}
+	defer func() { _ = f.Close() }() // opened for reading
+	var b [64]byte
+	n, _ := f.ReadAt(b[:], 0)
+	var pos savedPosition
+	if json.Unmarshal(b[:n], &pos) != nil {
+		return none, nil // copy everything once more: slow, and never wrong
+	}
+	return pos, nil
+}
+
+func (p *perVM) savePosition(position uint64) error {
+	b, err := json.Marshal(savedPosition{position, p.log.Lazy()})
+	if err != nil {
+		return err
+	}
+	// Durably, or a start might have far more to copy than what came behind this.
+	return Replace(p.log.opts.FS, p.opts.PositionFile, append(b, '\n'))
+}

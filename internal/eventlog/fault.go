@@ -1,0 +1,93 @@
+package eventlog
+
+import (
+	"errors"
+	"syscall"
+)
+
+// fail refuses the chunk: none of its records is stored. The segment is cut
+// back to its last committed byte and left; what the kernel made of the pages
+// that it could not write is unknown, so nothing is ever appended to it again.
+func (l *Log) fail(err error) error {
+	c := &l.c
+	we := &WriteError{Err: err, Full: isFull(err)}
+	for _, e := range c.inside {
+		e.Err = we
+	}
+	c.inside = c.inside[:0]
+	if c.chunk != nil {
+		c.next = c.chunk.first
+	}
+	if l.perVM != nil {
+		l.perVM.ids.rollback()
+	}
+	c.abandonFile()
+	c.failures++
+	c.lastError = we
+	c.retryTimer.Reset(retryInterval)
+	l.setState(State{Degraded: Cause(we), Err: we})
+	return we
+}
+
+// abandonFile is closeFile after a failed write. What was refused must not come
+// back after a crash, so the cut is synced. Where that fails too, what is left
+// over is void once there is a next segment.
+func (c *committer) abandonFile() {
+	if f := c.file; f != nil {
+		c.file = nil
+		_ = errors.Join(f.Truncate(c.size), f.Sync(), f.Close()) // the write's error is the one to tell
+	}
+}
+
+// writable makes sure that there is a segment to write to. After one failure
+// the next batch tries a new segment; after a second one the stream stops, and
+// only the timer tries again.
+func (l *Log) writable() error {
+	c := &l.c
+	if c.file != nil {
+		return nil
+	}
+	if c.failures > 1 {
+		return c.lastError
+	}
+	return l.reopen()
+}
+
+func (l *Log) reopen() error {
+	if err := l.openNext(); err != nil {
+		return l.fail(err)
+	}
+	return nil
+}
+
+// retry tries to get the log going again after a failed write, so that it
+// recovers even if nobody publishes.
+func (l *Log) retry() {
+	c := &l.c
+	if c.file == nil {
+		if err := l.reopen(); err != nil {
+			return
+		}
+	}
+	// An empty file can be made on a full disk; a block cannot be reserved.
+	err := c.file.Preallocate(0, 1<<16)
+	if err != nil && !errors.Is(err, syscall.EOPNOTSUPP) {
+		_ = l.fail(err)
+		return
+	}
+	l.healthy()
+}
+
+// healthy notes that the disk takes writes.
+func (l *Log) healthy() {
+	l.c.failures = 0
+	if l.state.Load().Degraded != "" {
+		l.c.retryTimer.Stop()
+		l.setState(State{})
+	}
+}
+
+func (l *Log) setState(s State) {
+	l.state.Store(&s)
+	l.stateChanged()
+}

@@ -1,0 +1,255 @@
+package eventlog
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+)
+
+// writeIDs writes the file of a VM whose ids are "<vm>-<n>", n from 1 to count,
+// each under the number n.
+func writeIDs(t testing.TB, o Options, vm string, count int) {
+	t.Helper()
+	data := make([]byte, 0, count*idEntry)
+	for n := 1; n <= count; n++ {
+		key := hashID(fmt.Appendf(nil, "%s-%d", vm, n))
+		data = binary.BigEndian.AppendUint64(append(data, key[:]...), uint64(n))
+	}
+	if err := os.WriteFile(filepath.Join(o.PerVM.IDDir, vm+idSuffix), data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// logBeyond makes a log whose first record is number 1,000,001, so that ids of
+// older ones are files that no start touches.
+func logBeyond(t testing.TB) Options {
+	t.Helper()
+	o := testOptions(t.TempDir())
+	for _, dir := range []string{o.Dir, o.PerVM.IDDir} {
+		if err := os.MkdirAll(dir, 0o750); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.WriteFile(filepath.Join(o.Dir, segmentName(1_000_001)), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return o
+}
+
+// However many VMs publish, the ids in memory stay within the budget, and no id
+// of the newest 65,536 is forgotten.
+func TestIDsInMemory(t *testing.T) {
+	const budget = 8 << 20
+	o := logBeyond(t)
+	o.SyncEvery = -1
+	for i := range 8 {
+		writeIDs(t, o, fmt.Sprint("full", i), 2*idWindow)
+	}
+	for i := range 1000 {
+		writeIDs(t, o, fmt.Sprint("few", i), 3)
+	}
+	l := mustOpen(t, o)
+	defer mustClose(t, l)
+	l.perVM.ids.budget = budget
+	var work sync.WaitGroup
+	for p := range 4 {
+		work.Go(func() {
+			for i := p; i < 1000; i += 4 {
+				vm, oldest := fmt.Sprint("few", i), 1
+				if i%50 < 4 {
+					vm, oldest = fmt.Sprint("full", i/50%8), idWindow+500
+				}
+				if got := publish(t, l, vm, "t", fmt.Sprintf("%s-%d", vm, oldest), "1"); got != uint64(oldest) {
+					t.Errorf("%s: a retry got %d, want %d", vm, got, oldest)
+				}
+				if got := publish(t, l, vm, "t", fmt.Sprint("new", i), "1"); got <= 1_000_000 {
+					t.Errorf("%s: a new id got %d", vm, got)
+				}
+				if got := publish(t, l, vm, "t", fmt.Sprint("new", i), "1"); got <= 1_000_000 {
+					t.Errorf("%s: its retry got %d", vm, got)
+				}
+				x := l.perVM.ids
+				x.mu.Lock()
+				bytes, sum := x.bytes, 0
+				for _, table := range x.tables {
+					sum += table.counted
+				}
+				x.mu.Unlock()
+				// Each publisher may hold one table, and read another.
+				if limit := budget + 8*(3<<20); bytes > limit || bytes != sum {
+					t.Errorf("%d bytes of ids are in memory (%d counted), want at most %d", sum, bytes, limit)
+				}
+			}
+		})
+	}
+	work.Wait()
+	if size := (&idTable{}).size(); size*10000 > idBudget/8 {
+		t.Errorf("an empty table takes %d bytes", size)
+	}
+	l.perVM.ids.mu.Lock()
+	full := l.perVM.ids.bytes
+	l.perVM.ids.mu.Unlock()
+	if full > budget {
+		t.Errorf("%d bytes of ids are in memory when all is done", full)
+	}
+}
+
+// What a table takes is what it is counted as: about 32 bytes an id.
+func TestIDTable(t *testing.T) {
+	table := &idTable{vm: "web1"}
+	table.fill(nil)
+	for n := 1; n <= 3*idWindow; n++ {
+		key := hashID(fmt.Append(nil, n))
+		if got := table.find(key); got != 0 {
+			t.Fatalf("id %d is known as %d", n, got)
+		}
+		table.add(key, uint64(n), idWindow)
+		if n%9973 != 0 {
+			continue
+		}
+		for m := max(1, n-idWindow+1); m <= n; m += 97 {
+			if got := table.find(hashID(fmt.Append(nil, m))); got != uint64(m) {
+				t.Fatalf("after %d, id %d is known as %d", n, m, got)
+			}
+		}
+	}
+	if size := table.size(); size > 40*idWindow {
+		t.Errorf("a full table takes %d bytes", size)
+	}
+}
+
+// A retry while the first is still being committed gets the same number.
+func TestRetryWhileCommitting(t *testing.T) {
+	slow := &gateFS{FS: OS, gate: make(chan struct{})}
+	o := testOptions(t.TempDir())
+	o.FS = slow
+	l := mustOpen(t, o)
+	defer mustClose(t, l)
+	publish(t, l, "web1", "t", "", "1")
+	slow.shut.Store(true)
+	seqs := make(chan uint64, 10)
+	var work sync.WaitGroup
+	for range cap(seqs) {
+		work.Go(func() { seqs <- publish(t, l, "web1", "t", "x", "1") })
+	}
+	for l.Writing() == 0 { // until the first is in its sync; the others queue behind it
+		runtime.Gosched()
+	}
+	close(slow.gate)
+	work.Wait()
+	close(seqs)
+	for seq := range seqs {
+		if seq != 2 {
+			t.Errorf("stored as %d", seq)
+		}
+	}
+	if l.Committed() != 2 {
+		t.Errorf("%d records are stored", l.Committed())
+	}
+}
+
+// gateFS lets no sync through while shut until the gate is open.
+type gateFS struct {
+	FS
+	shut atomic.Bool
+	gate chan struct{}
+}
+
+func (g *gateFS) OpenFile(name string, flag int, perm fs.FileMode) (File, error) {
+	f, err := g.FS.OpenFile(name, flag, perm)
+	return gateFile{f, g}, err
+}
+
+type gateFile struct {
+	File
+	fs *gateFS
+}
+
+func (f gateFile) Sync() error {
+	if f.fs.shut.Load() {
+		<-f.fs.gate
+	}
+	return f.File.Sync()
+}
+
+// unreadableFS cannot read one file.
+type unreadableFS struct {
+	FS
+	bad atomic.Pointer[string]
+}
+
+func (u *unreadableFS) OpenFile(name string, flag int, perm fs.FileMode) (File, error) {
+	if bad := u.bad.Load(); bad != nil && name == *bad {
+		return nil, &fs.PathError{Op: "open", Path: name, Err: syscall.EIO}
+	}
+	return u.FS.OpenFile(name, flag, perm)
+}
+
+// Ids that cannot be read refuse their own VM's records that have one, and
+// nothing else; when they can be read again all is well.
+func TestUnreadableIDs(t *testing.T) {
+	sick := &unreadableFS{FS: OS}
+	o := logBeyond(t)
+	o.FS = sick
+	writeIDs(t, o, "web1", 3)
+	l := mustOpen(t, o)
+	defer mustClose(t, l)
+	path := filepath.Join(o.PerVM.IDDir, "web1"+idSuffix)
+	sick.bad.Store(&path)
+	b := &Batch{Entries: []Entry{
+		{VM: "web1", Topic: []byte("t"), ID: []byte("web1-2")},
+		{VM: "web2", Topic: []byte("t"), ID: []byte("web1-2")},
+		{VM: "web1", Topic: []byte("t")},
+	}}
+	if err := l.Append(t.Context(), b); err != nil {
+		t.Fatal(err)
+	}
+	var we *WriteError
+	if err := b.Entries[0].Err; !errors.As(err, &we) || !errors.Is(err, syscall.EIO) || we.Full {
+		t.Errorf("without its ids: %v", err)
+	}
+	for _, e := range b.Entries[1:] {
+		if e.Err != nil || e.Seq == 0 {
+			t.Errorf("refused too: %+v", e)
+		}
+	}
+	if s := l.State(); s.Degraded != "" {
+		t.Errorf("the log is %s", s.Degraded)
+	}
+	sick.bad.Store(nil)
+	if got := publish(t, l, "web1", "t", "web1-2", "1"); got != 2 {
+		t.Errorf("a retry got %d, want 2", got)
+	}
+}
+
+// Where nothing can be dropped from memory, a publisher waits for a while and
+// is refused.
+func TestNoRoomForIDs(t *testing.T) {
+	x := newIDIndex(OS, t.TempDir(), 1, func() (uint64, bool) { return 0, true })
+	x.budget = 1
+	held := &Batch{Entries: []Entry{{VM: "web1", ID: []byte("x")}}}
+	if err := x.acquire(context.Background(), held); err != nil || held.tables[0].err != nil {
+		t.Fatal(err, held.tables[0].err)
+	}
+	b := &Batch{Entries: []Entry{{VM: "web2", ID: []byte("x")}}}
+	if err := x.acquire(context.Background(), b); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := x.lookup(b, &b.Entries[0]); err == nil {
+		t.Error("there was room")
+	}
+	x.release(b)
+	x.release(held)
+	if x.bytes != 0 || len(x.tables) != 0 {
+		t.Errorf("%d bytes in %d tables are left", x.bytes, len(x.tables))
+	}
+}

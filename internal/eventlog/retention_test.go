@@ -1,0 +1,221 @@
+package eventlog
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// segmentsIn counts the segments in a directory of the disk.
+func segmentsIn(t *testing.T, o Options, dir string) int {
+	t.Helper()
+	st := &stream{fs: o.FS, dir: dir}
+	if err := st.load(); err != nil {
+		t.Fatal(err)
+	}
+	return len(st.segs)
+}
+
+// sharedFS lets several goroutines have a simulated disk, which is made for one.
+type sharedFS struct {
+	FS
+	mu sync.Mutex
+}
+
+func (s *sharedFS) OpenFile(name string, flag int, perm fs.FileMode) (File, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	f, err := s.FS.OpenFile(name, flag, perm)
+	return &sharedFile{f, s}, err
+}
+
+func (s *sharedFS) ReadDir(dir string) ([]fs.DirEntry, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.FS.ReadDir(dir)
+}
+
+func (s *sharedFS) do(f func() error) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return f()
+}
+
+func (s *sharedFS) Mkdir(dir string, perm fs.FileMode) error {
+	return s.do(func() error { return s.FS.Mkdir(dir, perm) })
+}
+
+func (s *sharedFS) Rename(from, to string) error {
+	return s.do(func() error { return s.FS.Rename(from, to) })
+}
+
+func (s *sharedFS) Remove(name string) error { return s.do(func() error { return s.FS.Remove(name) }) }
+
+func (s *sharedFS) SyncDir(dir string) error { return s.do(func() error { return s.FS.SyncDir(dir) }) }
+
+type sharedFile struct {
+	File
+	fs *sharedFS
+}
+
+func (f *sharedFile) ReadAt(b []byte, off int64) (int, error) {
+	f.fs.mu.Lock()
+	defer f.fs.mu.Unlock()
+	return f.File.ReadAt(b, off)
+}
+
+func (f *sharedFile) WriteAt(b []byte, off int64) (int, error) {
+	f.fs.mu.Lock()
+	defer f.fs.mu.Unlock()
+	return f.File.WriteAt(b, off)
+}
+
+func (f *sharedFile) Size() (int64, error) {
+	f.fs.mu.Lock()
+	defer f.fs.mu.Unlock()
+	return f.File.Size()
+}
+
+func (f *sharedFile) Truncate(size int64) error {
+	return f.fs.do(func() error { return f.File.Truncate(size) })
+}
+func (f *sharedFile) Sync() error  { return f.fs.do(f.File.Sync) }
+func (f *sharedFile) Close() error { return f.fs.do(f.File.Close) }
+func (f *sharedFile) Preallocate(off, n int64) error {
+	return f.fs.do(func() error { return f.File.Preallocate(off, n) })
+}
+
+// Records go for their age from the host stream and from the stream of a VM that
+// publishes no more, before a restart or after it; the newest segment stays.
+// Nothing goes that castrad has not itself seen sealed for an hour.
+func TestRetentionByAge(t *testing.T) {
+	for _, restart := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			o := testOptions("/log")
+			o.FS = &sharedFS{FS: newSimDisk(rand.New(rand.NewPCG(1, 1)))}
+			o.SegmentSize, o.PerVM.SegmentSize = 4096, 4096
+			o.MaxAge, o.PerVM.MaxAge = 40*time.Minute, 40*time.Minute
+			vm := filepath.Join(o.PerVM.Dir, "web1")
+			l := mustOpen(t, o)
+			for range 40 {
+				publish(t, l, "web1", "t", "", `"`+strings.Repeat("x", 500)+`"`)
+			}
+			if restart {
+				mustClose(t, l)
+				l = mustOpen(t, o)
+			}
+			defer func() { mustClose(t, l) }()
+			time.Sleep(55 * time.Minute) // old enough, had the clock not perhaps jumped
+			synctest.Wait()
+			if host, own := segmentsIn(t, o, o.Dir), segmentsIn(t, o, vm); host < 5 || own < 5 {
+				t.Errorf("within the hour %d and %d segments are left", host, own)
+			}
+			time.Sleep(25 * time.Minute)
+			synctest.Wait()
+			if host, own := segmentsIn(t, o, o.Dir), segmentsIn(t, o, vm); host != 1 || own != 1 {
+				t.Errorf("%d and %d segments are left", host, own)
+			}
+		})
+	}
+}
+
+// Segments go for their age, oldest first, the newest never, and none that this
+// process has not seen sealed for an hour.
+func TestExpireByAge(t *testing.T) {
+	now := time.Now()
+	old := now.Add(-48 * time.Hour)
+	fresh := now.Add(-time.Minute)
+	for _, c := range []struct {
+		what     string
+		segs     []segment
+		before   uint64
+		keptFrom uint64
+	}{
+		{"two are too old", []segment{{first: 1, modified: old, sealed: old}, {first: 5, modified: old, sealed: old}, {first: 9, modified: fresh}}, 100, 9},
+		{"the newest stays", []segment{{first: 1, modified: old, sealed: old}, {first: 5, modified: old}}, 100, 5},
+		{"the clock has jumped", []segment{{first: 1, modified: old, sealed: fresh}, {first: 5, modified: fresh}}, 100, 1},
+		{"one is young", []segment{{first: 1, modified: fresh, sealed: old}, {first: 5, modified: fresh}}, 100, 1},
+		{"it is still to be copied", []segment{{first: 1, modified: old, sealed: old}, {first: 5, modified: old, sealed: old}, {first: 9, modified: fresh}}, 5, 5},
+	} {
+		t.Run(c.what, func(t *testing.T) {
+			s := &stream{fs: OS, dir: t.TempDir(), segs: c.segs}
+			for _, g := range c.segs {
+				if err := os.WriteFile(s.path(g.first), nil, filePerm); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if _, err := s.expire(retention{age: 24 * time.Hour, before: c.before}, now); err != nil {
+				t.Fatal(err)
+			}
+			files, err := os.ReadDir(s.dir)
+			if err != nil || s.oldest() != c.keptFrom || files[0].Name() != segmentName(c.keptFrom) {
+				t.Error(fmt.Sprint(err), s.oldest(), files)
+			}
+		})
+	}
+}
+
+// What expires from a VM's stream under its reader is told of as a gap.
+func TestVMReaderExpired(t *testing.T) {
+	o := testOptions("/log")
+	o.FS = newSimDisk(rand.New(rand.NewPCG(1, 1)))
+	o.SegmentSize, o.PerVM.SegmentSize, o.PerVM.Retention, o.Recent = 2048, 2048, 0, 1
+	l, _, err := open(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 60 {
+		b := &Batch{done: make(chan struct{}, 1), Entries: []Entry{{VM: "web1", Topic: []byte("t"), Payload: []byte(`"` + strings.Repeat("x", 300) + `"`)}}}
+		l.commit(b)
+	}
+	if err := l.perVM.copyNew(); err != nil {
+		t.Fatal(err)
+	}
+	r, err := l.NewVMReader("web1", 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	var rec Record
+	if ok, err := r.Next(&rec); !ok || err != nil || rec.Seq != 1 {
+		t.Fatal(rec.Seq, ok, err)
+	}
+	st := &l.perVM.known("web1").st
+	if _, err := st.expire(retention{size: 8000, before: noNumber}, time.Now()); err != nil {
+		t.Fatal(err)
+	}
+	next, gaps := uint64(2), 0
+	for {
+		ok, err := r.Next(&rec)
+		var gap *Gap
+		if errors.As(err, &gap) {
+			if gap.From != next || gap.To != st.oldest()-1 {
+				t.Errorf("a gap from %d to %d, want it from %d to %d", gap.From, gap.To, next, st.oldest()-1)
+			}
+			gaps++
+			next = gap.To + 1
+			continue
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !ok {
+			break
+		}
+		if rec.Seq != next {
+			t.Fatalf("record %d, want %d", rec.Seq, next)
+		}
+		next++
+	}
+	if gaps != 1 || next != 61 {
+		t.Errorf("%d gaps, and the end at %d", gaps, next)
+	}
+}

@@ -1,0 +1,468 @@
+package eventlog
+
+import (
+	"errors"
+	"io"
+	"io/fs"
+	"maps"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// simDisk is a file system that keeps exactly the promises that POSIX makes,
+// and no more. What was not synced is lost or kept piece by piece when the power
+// fails: a file's bytes by sectors and, at one place, by bytes; its sizes; and
+// each name in a directory for itself. Its only source of chance is rng, and it
+// is used by one goroutine, so a run can be had again from its seed.
+type simDisk struct {
+	rng  *rand.Rand
+	root *simNode
+
+	ops     int // that changed something, since the last crash
+	crashAt int // the operation before which the crash comes; 0: none
+
+	fault func(op, path string) error // an error for an operation; nil: none ever
+	// ignored is a call of Sync or SyncDir, as syncSite gives it, that does
+	// nothing: the log without that call. Calls are counted in sites if not nil.
+	ignored string
+	sites   map[string]int
+}
+
+// errPowerCut is what the disk panics with where the crash comes.
+var errPowerCut = errors.New("the power is cut")
+
+// simNode is a directory or a file.
+type simNode struct {
+	dir      bool
+	modified time.Time
+
+	// A file: what is seen, what is certain, and what was done since the last
+	// sync in this order.
+	data, durable []byte
+	pending       []simWrite
+
+	// A directory, in the same way; a nil node is a removal.
+	names, durableNames map[string]*simNode
+	changes             []simName
+}
+
+type simWrite struct {
+	off  int64
+	data []byte // nil: the file was cut or grown to off
+}
+
+type simName struct {
+	name string
+	node *simNode
+}
+
+func newSimDisk(rng *rand.Rand) *simDisk {
+	return &simDisk{rng: rng, root: newSimDir()}
+}
+
+func newSimDir() *simNode {
+	return &simNode{dir: true, modified: time.Now(), names: map[string]*simNode{}, durableNames: map[string]*simNode{}}
+}
+
+// syncSite names the call in the log that is three frames up, file:line. What
+// calls the log's own small wrappers counts, not what these do.
+func syncSite() string {
+	var pcs [4]uintptr
+	frames := runtime.CallersFrames(pcs[:runtime.Callers(4, pcs[:])])
+	for {
+		f, more := frames.Next()
+		if !more || !strings.HasSuffix(f.Function, ".(*stream).syncDir") && !strings.HasSuffix(f.Function, ".(*Log).sync") {
+			return filepath.Base(f.File) + ":" + strconv.Itoa(f.Line)
+		}
+	}
+}
+
+// change is called before everything that changes the disk.
+func (d *simDisk) change(op, path string) error {
+	d.ops++
+	if d.crashAt > 0 && d.ops >= d.crashAt {
+		panic(errPowerCut)
+	}
+	if d.fault != nil {
+		if err := d.fault(op, path); err != nil {
+			return &fs.PathError{Op: op, Path: path, Err: err}
+		}
+	}
+	return nil
+}
+
+// find gives path's node and its directory's.
+func (d *simDisk) find(path string) (dir, node *simNode, err error) {
+	dir = d.root
+	node = d.root
+	for part := range strings.SplitSeq(strings.Trim(filepath.Clean(path), "/"), "/") {
+		if part == "" || part == "." {
+			continue
+		}
+		if node == nil || !node.dir {
+			return nil, nil, &fs.PathError{Op: "open", Path: path, Err: syscall.ENOENT}
+		}
+		dir, node = node, node.names[part]
+	}
+	return dir, node, nil
+}
+
+func (n *simNode) set(name string, node *simNode) {
+	if node == nil {
+		delete(n.names, name)
+	} else {
+		n.names[name] = node
+	}
+	n.changes = append(n.changes, simName{name, node})
+}
+
+func (d *simDisk) OpenFile(name string, flag int, _ fs.FileMode) (File, error) {
+	dir, node, err := d.find(name)
+	if err != nil {
+		return nil, err
+	}
+	switch {
+	case node == nil && flag&os.O_CREATE == 0:
+		return nil, &fs.PathError{Op: "open", Path: name, Err: syscall.ENOENT}
+	case node == nil:
+		if err := d.change("create", name); err != nil {
+			return nil, err
+		}
+		node = &simNode{modified: time.Now()}
+		dir.set(filepath.Base(name), node)
+	case flag&os.O_EXCL != 0:
+		return nil, &fs.PathError{Op: "open", Path: name, Err: syscall.EEXIST}
+	case flag&os.O_TRUNC != 0 && len(node.data) > 0:
+		if err := d.change("truncate", name); err != nil {
+			return nil, err
+		}
+		node.resize(0)
+	}
+	return &simFile{d: d, n: node, path: name}, nil
+}
+
+func (d *simDisk) ReadDir(dir string) ([]fs.DirEntry, error) {
+	_, node, err := d.find(dir)
+	if err != nil {
+		return nil, err
+	}
+	if node == nil {
+		return nil, &fs.PathError{Op: "open", Path: dir, Err: syscall.ENOENT}
+	}
+	var entries []fs.DirEntry
+	for _, name := range slices.Sorted(maps.Keys(node.names)) {
+		entries = append(entries, simInfo{name, node.names[name]})
+	}
+	return entries, nil
+}
+
+func (d *simDisk) Mkdir(name string, _ fs.FileMode) error {
+	dir, node, err := d.find(name)
+	if err != nil {
+		return err
+	}
+	if node != nil {
+		return &fs.PathError{Op: "mkdir", Path: name, Err: syscall.EEXIST}
+	}
+	if dir == nil {
+		return &fs.PathError{Op: "mkdir", Path: name, Err: syscall.ENOENT}
+	}
+	if err := d.change("mkdir", name); err != nil {
+		return err
+	}
+	dir.set(filepath.Base(name), newSimDir())
+	return nil
+}
+
+func (d *simDisk) Rename(from, to string) error {
+	fromDir, node, err := d.find(from)
+	if err != nil {
+		return err
+	}
+	toDir, _, err := d.find(to)
+	if err != nil {
+		return err
+	}
+	if err := d.change("rename", to); err != nil {
+		return err
+	}
+	toDir.set(filepath.Base(to), node)
+	fromDir.set(filepath.Base(from), nil)
+	return nil
+}
+
+func (d *simDisk) Remove(name string) error {
+	dir, node, err := d.find(name)
+	if err != nil {
+		return err
+	}
+	if node == nil {
+		return &fs.PathError{Op: "remove", Path: name, Err: syscall.ENOENT}
+	}
+	if err := d.change("remove", name); err != nil {
+		return err
+	}
+	dir.set(filepath.Base(name), nil)
+	return nil
+}
+
+// synced counts a call of Sync or SyncDir and tells whether it does nothing.
+func (d *simDisk) synced() bool {
+	if d.sites == nil && d.ignored == "" {
+		return false
+	}
+	site := syncSite()
+	if d.sites != nil {
+		d.sites[site]++
+	}
+	return site == d.ignored
+}
+
+func (d *simDisk) SyncDir(dir string) error {
+	ignored := d.synced()
+	_, node, err := d.find(dir)
+	if err != nil {
+		return err
+	}
+	if node == nil {
+		return &fs.PathError{Op: "syncdir", Path: dir, Err: syscall.ENOENT}
+	}
+	if err := d.change("syncdir", dir); err != nil || ignored {
+		return err
+	}
+	for _, c := range node.changes {
+		if c.node == nil {
+			delete(node.durableNames, c.name)
+		} else {
+			node.durableNames[c.name] = c.node
+		}
+	}
+	node.changes = node.changes[:0]
+	return nil
+}
+
+// simInfo is both what a directory says of a file and what Stat does.
+type simInfo struct {
+	name string
+	n    *simNode
+}
+
+func (i simInfo) Name() string               { return i.name }
+func (i simInfo) IsDir() bool                { return i.n.dir }
+func (i simInfo) Type() fs.FileMode          { return i.Mode().Type() }
+func (i simInfo) Info() (fs.FileInfo, error) { return i, nil }
+func (i simInfo) Size() int64                { return int64(len(i.n.data)) }
+func (i simInfo) ModTime() time.Time         { return i.n.modified }
+func (i simInfo) Sys() any                   { return nil }
+
+func (i simInfo) Mode() fs.FileMode {
+	if i.n.dir {
+		return fs.ModeDir | dirPerm
+	}
+	return filePerm
+}
+
+// simFile is an open file.
+type simFile struct {
+	d    *simDisk
+	n    *simNode
+	path string
+}
+
+func (f *simFile) ReadAt(b []byte, off int64) (int, error) {
+	if off >= int64(len(f.n.data)) {
+		return 0, io.EOF
+	}
+	n := copy(b, f.n.data[off:])
+	if n < len(b) {
+		return n, io.EOF
+	}
+	return n, nil
+}
+
+func (f *simFile) WriteAt(b []byte, off int64) (int, error) {
+	if err := f.d.change("write", f.path); err != nil {
+		b = b[:f.d.rng.IntN(len(b)+1)]
+		f.n.write(b, off)
+		return len(b), err
+	}
+	f.n.write(b, off)
+	return len(b), nil
+}
+
+func (f *simFile) Truncate(size int64) error {
+	if size == int64(len(f.n.data)) {
+		return nil
+	}
+	if err := f.d.change("truncate", f.path); err != nil {
+		return err
+	}
+	f.n.resize(size)
+	return nil
+}
+
+func (f *simFile) Sync() error {
+	ignored := f.d.synced()
+	if err := f.d.change("sync", f.path); err != nil {
+		// The kernel drops some of what it could not write and calls it clean:
+		// no later sync will write it, though it may be seen for a while yet.
+		f.n.durable = f.d.survive(f.n)
+		f.n.pending = f.n.pending[:0]
+		if f.d.rng.IntN(2) == 0 {
+			size := len(f.n.data)
+			f.n.data = append(f.n.data[:0], f.n.durable...)
+			f.n.data = grow(f.n.data, size)[:size]
+		}
+		return err
+	}
+	if ignored {
+		return nil
+	}
+	for _, w := range f.n.pending {
+		f.n.durable = w.apply(f.n.durable)
+	}
+	f.n.pending = f.n.pending[:0]
+	return nil
+}
+
+func (f *simFile) Close() error                   { return nil }
+func (f *simFile) Size() (int64, error)           { return int64(len(f.n.data)), nil }
+func (f *simFile) Preallocate(off, n int64) error { return nil }
+
+func (n *simNode) write(b []byte, off int64) {
+	w := simWrite{off, append(make([]byte, 0, len(b)), b...)} // never nil
+	n.data = w.apply(n.data)
+	n.pending = append(n.pending, w)
+	n.modified = time.Now()
+}
+
+func (n *simNode) resize(size int64) {
+	w := simWrite{off: size}
+	n.data = w.apply(n.data)
+	n.pending = append(n.pending, w)
+	n.modified = time.Now()
+}
+
+// grow makes b at least size long, with zeros.
+func grow(b []byte, size int) []byte {
+	if len(b) < size {
+		old := len(b)
+		b = slices.Grow(b, size-old)[:size]
+		clear(b[old:])
+	}
+	return b
+}
+
+func (w simWrite) apply(b []byte) []byte {
+	if w.data == nil {
+		return grow(b, int(w.off))[:w.off]
+	}
+	b = grow(b, int(w.off)+len(w.data))
+	copy(b[w.off:], w.data)
+	return b
+}
+
+// crash makes the disk what the power cut leaves of it, and gives it back ready
+// for use. With power false only the process has been killed: nothing is lost.
+func (d *simDisk) crash(power bool) {
+	d.ops, d.crashAt = 0, 0
+	if power {
+		d.lose(d.root)
+	}
+}
+
+func (d *simDisk) lose(n *simNode) {
+	if !n.dir {
+		n.durable = d.survive(n)
+		n.pending = n.pending[:0]
+		n.data = append(n.data[:0], n.durable...)
+		return
+	}
+	// Each name stands as it was after some of its changes, whatever became of
+	// the others.
+	kept := d.luck()
+	for name := range changed(n.changes) {
+		for _, c := range n.changes {
+			if c.name != name {
+				continue
+			}
+			if d.rng.Float64() >= kept {
+				break
+			}
+			if c.node == nil {
+				delete(n.durableNames, name)
+			} else {
+				n.durableNames[name] = c.node
+			}
+		}
+	}
+	n.changes = n.changes[:0]
+	n.names = maps.Clone(n.durableNames)
+	for _, name := range slices.Sorted(maps.Keys(n.names)) {
+		d.lose(n.names[name])
+	}
+}
+
+// changed gives each name in changes once, in order.
+func changed(changes []simName) func(func(string) bool) {
+	return func(yield func(string) bool) {
+		for i, c := range changes {
+			first := !slices.ContainsFunc(changes[:i], func(o simName) bool { return o.name == c.name })
+			if first && !yield(c.name) {
+				return
+			}
+		}
+	}
+}
+
+// luck gives the share of what was not synced that survives: often all or none.
+func (d *simDisk) luck() float64 {
+	switch d.rng.IntN(4) {
+	case 0:
+		return 0
+	case 1:
+		return 1
+	}
+	return d.rng.Float64()
+}
+
+const simSector = 512
+
+// survive gives what a power cut leaves of a file: of what was written since
+// the last sync any sectors, one of them torn, in any of the sizes between.
+func (d *simDisk) survive(n *simNode) []byte {
+	b := n.durable
+	if len(n.pending) == 0 {
+		return b
+	}
+	kept := d.luck()
+	size := len(b)
+	for _, w := range n.pending {
+		now := int(w.off)
+		if w.data != nil {
+			now = max(size, now+len(w.data))
+			for at := 0; at < len(w.data); {
+				end := min(len(w.data), at+simSector-(int(w.off)+at)%simSector)
+				if d.rng.Float64() < kept {
+					part := w.data[at:end]
+					if d.rng.IntN(8) == 0 {
+						part = part[:d.rng.IntN(len(part)+1)]
+					}
+					b = simWrite{w.off + int64(at), part}.apply(b)
+				}
+				at = end
+			}
+		}
+		if d.rng.Float64() < kept {
+			size = now
+		}
+	}
+	return grow(b, size)[:size]
+}

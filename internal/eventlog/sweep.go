@@ -1,0 +1,56 @@
+package eventlog
+
+import (
+	"path/filepath"
+	"time"
+)
+
+// sweepStep is how many VMs' streams are looked at for their age between two
+// pieces of copying.
+const sweepStep = 64
+
+// sweep applies the retention by age to the next few VMs' streams, those of VMs
+// that publish no more included, and gives when to go on.
+func (p *perVM) sweep() (next time.Duration, err error) {
+	if p.opts.MaxAge == 0 {
+		return expireInterval, nil
+	}
+	if len(p.unswept) == 0 {
+		entries, err := p.log.opts.FS.ReadDir(p.opts.Dir)
+		if err != nil {
+			return expireInterval, err
+		}
+		for _, e := range entries {
+			if e.IsDir() {
+				p.unswept = append(p.unswept, e.Name())
+			}
+		}
+	}
+	n := min(sweepStep, len(p.unswept))
+	for _, vm := range p.unswept[:n] {
+		if err := p.sweepVM(vm); err != nil {
+			p.unswept = nil
+			return expireInterval, err
+		}
+	}
+	if p.unswept = p.unswept[n:]; len(p.unswept) == 0 {
+		return expireInterval, nil
+	}
+	return time.Second, nil
+}
+
+func (p *perVM) sweepVM(vm string) error {
+	st := &stream{fs: p.log.opts.FS, dir: filepath.Join(p.opts.Dir, vm)}
+	if s := p.known(vm); s != nil {
+		st = &s.st
+	} else {
+		if err := st.load(); err != nil {
+			return err
+		}
+		for i := range st.segs { // nobody else has st; nothing was written to it since
+			st.segs[i].sealed = p.quiet
+		}
+	}
+	_, err := st.expire(p.retention(), time.Now())
+	return err
+}

@@ -1,0 +1,139 @@
+package presence
+
+import (
+	"slices"
+	"time"
+)
+
+// Carried is what the table knows of one VM, for the table of the castrad that
+// comes next. Ages are at the time of [Table.Carry]; nil: never.
+type Carried struct {
+	VM           string         `json:"vm"`
+	Reachable    bool           `json:"reachable,omitempty"`
+	Reason       string         `json:"reason"`
+	Remote       string         `json:"remote,omitempty"`
+	Capabilities []string       `json:"capabilities,omitempty"`
+	Topics       []string       `json:"topics,omitempty"`
+	HandshakeOK  bool           `json:"handshake_ok,omitempty"` // reachable by a handshake-only guest's word
+	Handshake    *time.Duration `json:"handshake_age_ns,omitempty"`
+	Subscribed   *time.Duration `json:"subscribed_age_ns,omitempty"`
+	Frame        *time.Duration `json:"frame_age_ns,omitempty"`
+	Publish      *time.Duration `json:"publish_age_ns,omitempty"`
+	Heartbeat    *time.Duration `json:"heartbeat_age_ns,omitempty"`
+	Published    uint64         `json:"published,omitempty"`
+	Limited      uint64         `json:"limited,omitempty"`
+}
+
+// Sessions lists the live sessions.
+func (t *Table) Sessions() []Session {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	var all []Session
+	for _, v := range t.vms {
+		if v.session != nil {
+			all = append(all, v.session)
+		}
+	}
+	return all
+}
+
+// Carry describes every VM that was ever heard of, each with its live session or nil.
+func (t *Table) Carry() ([]Carried, []Session) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	now := t.now()
+	age := func(at int64) *time.Duration {
+		if at == 0 {
+			return nil
+		}
+		d := time.Duration(now - at)
+		return &d
+	}
+	since := func(at time.Time) *time.Duration {
+		if at.IsZero() {
+			return nil
+		}
+		d := time.Since(at)
+		return &d
+	}
+	var all []Carried
+	var sessions []Session
+	for _, v := range t.vms {
+		if v.handshake.IsZero() {
+			continue
+		}
+		all = append(all, Carried{
+			VM: v.name, Reachable: v.reachable, Reason: v.reason, Remote: v.remote,
+			Capabilities: slices.Clone(v.caps), Topics: slices.Clone(v.topics), HandshakeOK: v.handshakeOK,
+			Handshake: since(v.handshake), Subscribed: since(v.subscribed),
+			Frame: age(v.frame.Load()), Publish: age(v.publish.Load()), Heartbeat: age(v.heartbeat.Load()),
+			Published: v.published.Load(), Limited: v.limited.Load(),
+		})
+		sessions = append(sessions, v.session)
+	}
+	return all, sessions
+}
+
+// Resume takes in what another table knew of a VM, elapsed after it did; s is the
+// VM's session, nil if it has none, or none any more. It is no change that anybody
+// is told of, unless the VM was reachable and is no longer. Where the VM has been
+// heard of here already it does nothing and gives nil.
+func (t *Table) Resume(c *Carried, s Session, elapsed time.Duration) *VM {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if old := t.vms[c.VM]; old != nil && !old.handshake.IsZero() {
+		return nil
+	}
+	v := t.vm(c.VM)
+	if v == nil {
+		return nil
+	}
+	at := func(age *time.Duration) int64 {
+		if age == nil {
+			return 0
+		}
+		if at := t.now() - int64(*age+elapsed); at != 0 {
+			return at
+		}
+		return -1 // 0 says never
+	}
+	when := func(age *time.Duration) time.Time {
+		if age == nil {
+			return time.Time{}
+		}
+		return time.Now().Add(-*age - elapsed)
+	}
+	v.session, v.remote, v.caps, v.topics, v.handshakeOK = s, c.Remote, c.Capabilities, c.Topics, c.HandshakeOK
+	v.handshake, v.subscribed = when(c.Handshake), when(c.Subscribed)
+	v.publish.Store(at(c.Publish))
+	v.heartbeat.Store(at(c.Heartbeat))
+	v.published.Store(c.Published)
+	v.limited.Store(c.Limited)
+	v.frame.Store(at(c.Frame))
+	v.reachable, v.reason = c.Reachable, c.Reason
+	switch {
+	case s != nil:
+		t.live++
+		v.silent.Store(!c.Reachable)
+		v.frame.Store(max(v.frame.Load(), t.now()-int64(t.patience(c.Reachable))))
+	case !c.HandshakeOK:
+		v.remote, v.topics = "", nil
+		if c.Reachable {
+			t.set(v, false, ReasonRestarted)
+		}
+	}
+	t.touched[v.name] = struct{}{}
+	t.wake()
+	return v
+}
+
+// patience is for how long a session that is taken over counts as silent at most.
+// What its guest said while nobody listened is about to be read, and must be
+// before a sweep: two are left. Call with the lock held.
+func (t *Table) patience(reachable bool) time.Duration {
+	deadline := t.opts.SessionTimeout
+	if reachable {
+		deadline = min(deadline, t.opts.ReachableWithin)
+	}
+	return deadline - 2*t.interval()
+}

@@ -1,0 +1,99 @@
+package presence
+
+import (
+	"fmt"
+	"slices"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// What one table knew the next one knows, with ages that went on, and without a
+// word to anybody: but of those whose session did not come along.
+func TestCarry(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		old := New(Options{ReachableWithin: 45 * time.Second, SessionTimeout: time.Minute})
+		sessions := make(map[string]*fakeSession)
+		for _, name := range []string{"lost", "quick", "silent"} {
+			sessions[name] = &fakeSession{token: "sess-" + name}
+			v, _, err := old.Connect(name, sessions[name], "127.0.0.1:"+name, []string{"bus-v1"})
+			if err != nil {
+				t.Fatal(err)
+			}
+			v.Published(3)
+			old.Subscribed(v, sessions[name], []string{"t"})
+		}
+		old.Know("never")
+		sweepFor(old, 50*time.Second) // all are silent by then
+		old.Attend("shakes", "127.0.0.1:9", nil)
+		for _, name := range []string{"lost", "quick"} {
+			old.vms[name].Heard()
+			old.vms[name].Heartbeat()
+		}
+		states(old)
+		time.Sleep(5 * time.Second)
+
+		carried, with := old.Carry()
+		if len(carried) != 4 {
+			t.Fatalf("%d VMs: %+v", len(carried), carried)
+		}
+		const away = 2 * time.Second
+		time.Sleep(away)
+		tab := New(old.opts)
+		tab.Know("quick")
+		for i := range carried {
+			s := with[i]
+			if carried[i].VM == "lost" {
+				s = nil
+			}
+			if tab.Resume(&carried[i], s, away) == nil {
+				t.Fatalf("%s is not taken in", carried[i].VM)
+			}
+			if tab.Resume(&carried[i], s, away) != nil {
+				t.Errorf("%s is taken in twice", carried[i].VM)
+			}
+		}
+		if got := states(tab); !slices.Equal(got, []string{"lost down restarted"}) {
+			t.Errorf("announced: %v", got)
+		}
+		if n, _ := tab.Counts(); n != 2 {
+			t.Errorf("%d sessions", n)
+		}
+		got := ""
+		for _, d := range tab.Snapshot(nil) {
+			age := func(ms *int64) string {
+				if ms == nil {
+					return "never"
+				}
+				return fmt.Sprint((time.Duration(*ms) * time.Millisecond).Round(time.Second))
+			}
+			got += fmt.Sprintln(d.VM, d.State, d.Session, d.RemoteAddr, d.Subscriptions, d.Published, age(d.LastHandshakeAgeMS), age(d.LastPublishAgeMS), age(d.LastHeartbeatAgeMS))
+		}
+		const want = `lost unreachable   [] 3 57s 57s 7s
+quick reachable sess-quick 127.0.0.1:quick [t] 3 57s 57s 7s
+shakes reachable  127.0.0.1:9 [] 0 7s never never
+silent unreachable sess-silent 127.0.0.1:silent [t] 3 57s 57s never
+`
+		if got != want {
+			t.Errorf("got\n%swant\n%s", got, want)
+		}
+
+		// The deadlines go on as well; a silent one's is near, and it gets a moment
+		// for what it may have said in between.
+		if tab.Sweep(); sessions["silent"].expired != 0 {
+			t.Error("it had no time to be heard")
+		}
+		sweepFor(tab, 4*time.Second)
+		if sessions["silent"].expired == 0 {
+			t.Error("silent for more than a minute, and not ended")
+		}
+		tab.vms["silent"].Heard()
+		if got := states(tab); !slices.Equal(got, []string{"silent up frame"}) {
+			t.Errorf("announced: %v", got)
+		}
+		sweepFor(tab, 35*time.Second)
+		if got := states(tab); !slices.Equal(got, []string{"quick down silent", "shakes down expired"}) && !slices.Equal(got, []string{"shakes down expired", "quick down silent"}) {
+			t.Errorf("announced: %v", got)
+		}
+	})
+}

@@ -143,7 +143,9 @@ func (s *Session) read(early []byte) error {
 		s.rest()
 		err = s.pause(len(rest) == 0, true)
 	}
-	s.unread = rest
+	if !errors.Is(err, errIdle) { // else somebody else may be reading already
+		s.unread = rest
+	}
 	return err
 }
 

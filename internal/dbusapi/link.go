@@ -140,8 +140,14 @@ func (l *link) own(ctx context.Context) error {
 	known := l.srv.dirty.start(l.srv.opts.Bus)
 	l.calls.Go(func() { l.signalChanges(known) })
 
-	const doNotQueue = 4 // DBUS_NAME_FLAG_DO_NOT_QUEUE
-	reply, err := l.conn.driver(ctx, "RequestName", BusName, uint32(doNotQueue))
+	// Where the host of VMs is a VM itself, both daemons run, and castrad has the
+	// name: DBUS_NAME_FLAG_… of the D-Bus specification, "org.freedesktop.DBus.RequestName".
+	const allowReplacement, replaceExisting, doNotQueue uint32 = 1, 2, 4
+	flags := doNotQueue | replaceExisting
+	if l.srv.opts.Yield {
+		flags = doNotQueue | allowReplacement
+	}
+	reply, err := l.conn.driver(ctx, "RequestName", BusName, flags)
 	if e, ok := errors.AsType[dbus.Error](err); ok && e.Name == "org.freedesktop.DBus.Error.AccessDenied" {
 		return fmt.Errorf("the message bus does not let this user own %s (its policy file, %s.conf, belongs into /usr/share/dbus-1/system.d): %w", BusName, BusName, err)
 	}

@@ -51,6 +51,9 @@ type Options struct {
 	Log      *logrus.Entry // nil: nothing is logged
 	Bus      Bus
 	Registry Registry // nil: VMs are not admitted here
+	// Yield gives the name up to whoever else serves the bus here and does not yield,
+	// and never takes it from him: a guest's daemon does, castrad does not.
+	Yield bool
 	// OnState is told, from the server's goroutine, whether the name is owned and
 	// if not why: once before Start returns, and then once a change. It may be nil,
 	// and must not call Close.

@@ -46,6 +46,38 @@ func TestNameTaken(t *testing.T) {
 	}
 }
 
+// On a host that is itself a VM castrad takes the name from castra-guestd, whichever
+// began first, and castra-guestd never takes it back.
+func TestNameYielded(t *testing.T) {
+	b := newBus(t, openPolicy)
+	onState, told := states()
+	h := quick()
+	again := make(chan time.Duration) // unbuffered: the server waits for the test
+	h.retry = held(again)
+	b.serve(Options{Bus: newFakeBus(), Yield: true, OnState: onState}, h)
+	if got := receive(t, told); got != "true <nil>" {
+		t.Fatalf("the guest's daemon was told %q", got)
+	}
+	b.serve(Options{Bus: newFakeBus()}, quick()) // fails the test if it does not get the name
+	until(t, told, "false the message bus went away")
+	again <- 0
+	if got := receive(t, told); got != "false "+ErrNameTaken.Error() {
+		t.Fatalf("the guest's daemon was told %q", got)
+	}
+	if _, err := start(t.Context(), Options{Address: b.address, Bus: newFakeBus()}, quick()); !errors.Is(err, ErrNameTaken) {
+		t.Fatalf("a second castrad: %v", err)
+	}
+	go func() { // for as long as it tries
+		for {
+			select {
+			case again <- time.Hour:
+			case <-t.Context().Done():
+				return
+			}
+		}
+	}()
+}
+
 func TestCloseGivesTheNameUp(t *testing.T) {
 	b, f := newBus(t, openPolicy), newFakeBus()
 	s := b.serve(Options{Bus: f}, quick())

@@ -173,7 +173,7 @@ func (d *daemon) passedSocket() (*net.UnixListener, error) {
 
 // serveBus serves D-Bus until ctx is done, unless the name is somebody else's.
 func (d *daemon) serveBus(ctx context.Context, known chan<- struct{}) {
-	api, err := dbusapi.Start(ctx, dbusapi.Options{Log: logrus.NewEntry(d.log), Bus: d.agent, OnState: d.busState})
+	api, err := dbusapi.Start(ctx, dbusapi.Options{Log: logrus.NewEntry(d.log), Bus: d.agent, Yield: true, OnState: d.busState})
 	close(known)
 	if err != nil {
 		if ctx.Err() == nil {

@@ -1,0 +1,113 @@
+package session
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"syscall"
+
+	"github.com/castrabus/castra/internal/wire"
+)
+
+// receive waits for bytes and borrows a workspace once there are some. Behind an
+// incomplete frame, rest, it waits until that is whole.
+func (s *Session) receive(rest *[]byte) (ws *workspace, n int, err error) {
+	if len(*rest) > 0 {
+		if *rest, err = s.complete(*rest); err != nil {
+			return nil, 0, err
+		}
+		ws = workspaces.Get().(*workspace)
+		return ws, copy(ws.buf, *rest), nil
+	}
+	n, err = s.readInto(func() []byte {
+		ws = workspaces.Get().(*workspace)
+		return ws.buf
+	}, func() {
+		workspaces.Put(ws)
+		ws = nil
+	})
+	if err != nil && ws != nil {
+		workspaces.Put(ws)
+	}
+	return ws, n, err
+}
+
+// complete reads until the frame that begins in rest is whole, or can be seen
+// to be none. The buffer grows with what has arrived, not with what a length
+// announces. With an error, too, it gives what it has.
+func (s *Session) complete(rest []byte) ([]byte, error) {
+	for {
+		if f, _, err := wire.NextFrame(rest); f != nil || err != nil {
+			return rest, nil //nolint:nilerr // the caller meets it again, where frames are judged
+		}
+		need := 4
+		if len(rest) >= need {
+			need += int(binary.BigEndian.Uint32(rest))
+		}
+		room := slices.Grow(rest, min(need-len(rest), max(512, len(rest))))
+		room = room[:min(cap(room), need)]
+		n, err := s.readInto(func() []byte { return room[len(rest):] }, func() {})
+		if errors.Is(err, errNothing) {
+			if err = s.pause(false, false); err == nil {
+				continue
+			}
+		}
+		if errors.Is(err, io.EOF) {
+			err = fmt.Errorf("the connection closed inside a frame: %w", io.ErrUnexpectedEOF)
+		}
+		if err != nil {
+			return rest, err
+		}
+		rest = room[:len(rest)+n]
+		if s.spent++; s.spent >= restReads { // each takes a system call, be it for one byte
+			s.rest()
+		}
+	}
+}
+
+// readInto reads once, waiting until it can, or gives errNothing. The buffer is asked
+// for before each try and given back when there was nothing to read, so that waiting
+// holds none.
+func (s *Session) readInto(borrow func() []byte, giveBack func()) (n int, err error) {
+	try := func(fd uintptr) bool {
+		b := borrow()
+		for {
+			if n, err = syscall.Read(int(fd), b); !errors.Is(err, syscall.EINTR) {
+				break
+			}
+		}
+		if errors.Is(err, syscall.EAGAIN) {
+			giveBack()
+			return false
+		}
+		if n == 0 && err == nil {
+			err = io.EOF
+		}
+		return true
+	}
+	var waitErr error
+	switch {
+	case !s.woken:
+		waitErr = s.raw.Read(try)
+	case s.ended.Load() != nil:
+		err = errEnded
+	default: // the deadline is an old one
+		waitErr = s.raw.Control(func(fd uintptr) {
+			if !try(fd) {
+				err = errNothing
+			}
+		})
+	}
+	if waitErr != nil {
+		err = waitErr
+	}
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		if err = errNothing; s.ended.Load() != nil {
+			err = errEnded
+		}
+	}
+	return max(0, n), err
+}

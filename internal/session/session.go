@@ -174,6 +174,7 @@ type Session struct {
 	unread []byte // the reader's
 	unsent []byte // with writer
 
+	stuck      atomic.Int64 // bytes that wait for the guest to read; 0: none do
 	deliveries delivering
 	background sync.WaitGroup // searches of the log
 	ended      atomic.Pointer[End]
@@ -212,8 +213,15 @@ func (s *Session) End(reason, detail string) {
 	}
 }
 
-// Expire ends the session because its guest has been silent for too long.
-func (s *Session) Expire() { s.End(TroubleHeartbeatTimeout, "no frame for too long") }
+// Expire ends the session because nothing was heard of its guest for too long. Where
+// something waits to be read by the guest, that is why: nobody listens to it meanwhile.
+func (s *Session) Expire() {
+	if unread := s.stuck.Load(); unread > 0 {
+		s.End(TroubleSlowConsumer, s.slowness(int(unread), s.opts.WriteTimeout))
+		return
+	}
+	s.End(TroubleHeartbeatTimeout, "no frame for too long")
+}
 
 // Lag gives how many committed records the slowest subscription has still to
 // pass. It may be called by anybody and waits for nobody.

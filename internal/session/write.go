@@ -230,7 +230,9 @@ func (s *Session) send(b []byte) error {
 // sendSlowly writes to a connection whose buffer is full, and gives how much it
 // wrote.
 func (s *Session) sendSlowly(b []byte) (n int, err error) {
+	defer s.stuck.Store(0)
 	for n < len(b) {
+		s.stuck.Store(int64(len(b) - n))
 		m, err := s.sendStep(b[n:], min(len(b)-n, slowStep))
 		n += m
 		if err != nil {

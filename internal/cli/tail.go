@@ -166,7 +166,9 @@ func (f *Factory) runTail(ctx context.Context, o *tailOptions, req bus.TailReque
 	show := func(ctx context.Context) error { return t.show(ctx, o.format) }
 	var err error
 	if o.cursorFile == "" {
-		err = show(ctx)
+		if err = t.pin(ctx); err == nil {
+			err = show(ctx)
+		}
 	} else {
 		t.cursor = &cursorFile{path: o.cursorFile}
 		if err = t.resume(ctx); err == nil {

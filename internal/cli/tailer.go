@@ -82,6 +82,22 @@ func (t *tailer) resume(ctx context.Context) error {
 	return nil
 }
 
+// pin gives a tail of what is new the number that it begins with: should castrad be
+// restarted before there is anything to show, what was published meanwhile is new too.
+func (t *tailer) pin(ctx context.Context) error {
+	if r := &t.req; !r.Follow || r.Lines > 0 || r.All || r.From > 0 || !r.Since.IsZero() {
+		return nil
+	}
+	st, err := t.f.status(ctx, t.start, []string{""}) // nobody's name: of the VMs none is wanted
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	if err == nil && st.Broker.Kind != kindGuest {
+		t.beginAfter(st.Broker.HeadSeq)
+	}
+	return err
+}
+
 func (t *tailer) beginAfter(seq uint64) {
 	t.last = seq
 	t.req.From, t.req.Lines, t.req.All, t.req.Since = seq+1, 0, false, time.Time{}

@@ -16,10 +16,11 @@ func openFiles() fileBudget {
 	return fileBudget{int(r.Cur)}
 }
 
-// Half is for sessions and an eighth for handshakes; what is left is for the log's
-// files, the VMs' streams, tails and D-Bus, and for connections that are being
-// closed. With the 65,536 of castrad.service neither bites below its default.
-func (f fileBudget) sessions(limit int) int   { return capped(limit, f.total/2) }
+// Half is for sessions, of many descriptors nearly three quarters, and an eighth for
+// handshakes; what is left is for the log's files, the VMs' streams, tails and D-Bus,
+// and for connections that are being closed. With the 65,536 of castrad.service neither
+// bites below its default.
+func (f fileBudget) sessions(limit int) int   { return capped(limit, max(f.total/2, f.total/4*3-1024)) }
 func (f fileBudget) handshakes(limit int) int { return capped(limit, f.total/8) }
 
 func capped(limit, most int) int {

@@ -87,15 +87,17 @@ func (r *Reader) Next(rec *Record) (bool, error) {
 		// Of what was read from the disk at once only the first record asks whether
 		// memory has it, or whether it has expired: both take locks.
 		if r.disk == nil || r.disk.off != r.asked {
+			// What has expired is gone, though memory may still have it: or what a
+			// reader gets would hang on how much memory there is.
+			if oldest := r.log.stream.oldest(); r.next < oldest {
+				return false, r.skipTo(oldest)
+			}
 			if r.mem = r.log.recent.find(r.next); r.mem != nil {
 				if r.disk != nil {
 					r.disk.close()
 					r.disk = nil
 				}
 				continue
-			}
-			if oldest := r.log.stream.oldest(); r.next < oldest {
-				return false, r.skipTo(oldest)
 			}
 			if r.disk != nil {
 				r.asked = r.disk.off

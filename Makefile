@@ -43,6 +43,7 @@ packages: ## dist/*.deb and dist/*.rpm for amd64 and arm64, the same bytes on ev
 	  CGO_ENABLED=0 GOOS=linux GOARCH=$$arch go build -trimpath -buildvcs=false \
 	    -ldflags '-s -w -X main.version=$(VERSION)' -o dist/$$arch/ $(COMMANDS:%=./%); \
 	done
+	go tool -modfile=packaging/go.mod nfpm --version >/dev/null # built once, not by each of those beside it
 	printf '%s\n' $(foreach a,$(ARCHES),$(COMMANDS:%=%:$(a))) | xargs -P 2 -I{} sh -euc \
 	  'p={}; exec scripts/package "$${p%:*}" "$${p#*:}" "dist/$${p#*:}/$${p%:*}" dist'
 	rm -rf $(ARCHES:%=dist/%)

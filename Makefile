@@ -76,7 +76,7 @@ lint:
 .PHONY: unit
 unit:
 	scripts/need $(UNIT_NEEDS)
-	go test -race ./...
+	go test -race -timeout 20m ./...
 	@echo 'unit: the end-to-end tests were left out; make test runs them'
 
 .PHONY: test

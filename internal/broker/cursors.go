@@ -14,6 +14,7 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"github.com/castrabus/castra/internal/bus"
+	"github.com/castrabus/castra/internal/eventlog"
 	"github.com/castrabus/castra/internal/logging"
 	"github.com/castrabus/castra/internal/session"
 	"github.com/castrabus/castra/internal/statefile"
@@ -185,7 +186,7 @@ func (c *cursors) save(v *vmCursors) error {
 	if err != nil {
 		return err
 	}
-	return replaceDurably(v.path, append(data, '\n'))
+	return eventlog.Replace(eventlog.OS, v.path, append(data, '\n'))
 }
 
 // move takes in an acknowledgement. Positions never go back.
@@ -256,29 +257,4 @@ func (c *cursors) flush() error {
 		}
 	}
 	return errors.Join(errs...)
-}
-
-// replaceDurably gives path the contents data, whole or not at all, and such
-// that a power cut does not take it back.
-func replaceDurably(path string, data []byte) error {
-	tmp := path + ".tmp"
-	f, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o640)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(data)
-	if err == nil {
-		err = f.Sync()
-	}
-	if err = errors.Join(err, f.Close()); err != nil {
-		return err
-	}
-	if err := os.Rename(tmp, path); err != nil {
-		return err
-	}
-	d, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
 }

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/castrabus/castra/internal/bus"
+	"github.com/castrabus/castra/internal/eventlog"
 	"github.com/castrabus/castra/internal/presence"
 	"github.com/castrabus/castra/internal/wire"
 )
@@ -185,4 +186,63 @@ func TestOldestHandshakeGoes(t *testing.T) {
 	}
 	live.send(`{"type":"heartbeat"}`)
 	live.expect(`{"ack":"heartbeat","status":"ok"}`)
+}
+
+// A guest that asked for its order to be kept: behind a publish refused for now nothing
+// is stored until that one has come again, on this side of a restart or the other.
+func TestOrdered(t *testing.T) {
+	o := testOptions(t, t.TempDir())
+	disk := &stuckFS{FS: eventlog.OS}
+	o.FS = disk
+	none := presence.Rate{Records: 0.001, Burst: 1, Bytes: 1e9}
+	b := start(t, o)
+	plenty, settings := o.Rate, o.Settings
+	rate := func(r presence.Rate) {
+		t.Helper()
+		settings.Rate = r
+		if _, err := b.Configure(settings); err != nil {
+			t.Fatal(err)
+		}
+	}
+	frame := func(id string) string { return `{"type":"publish","id":"` + id + `"}` }
+	ok := func(id string) string { return `{"ack":"publish","status":"ok","id":"` + id + `"}` }
+	refused := func(id string) string {
+		return `{"ack":"publish","status":"error","code":"rate-limited","id":"` + id + `"}`
+	}
+
+	plain, g := connect(t, b.addr, "plain"), dial(t, b.addr)
+	g.say("hello vm:g capabilities=bus-v1,ORDERED-v1\n")
+	if got := g.line(); !strings.HasPrefix(got, "ok session=sess-") {
+		t.Fatal(got)
+	}
+	rate(none)
+	for _, g := range []*guest{plain, g} {
+		g.send(frame("a"), frame("b"), frame("c"))
+		g.expect(ok("a"), refused("b"), refused("c"))
+	}
+	rate(plenty)
+	plain.send(frame("c"))
+	plain.expect(ok("c"))
+	// One without an id, and one that was stored already, wait like any other.
+	g.send(frame("c"), `{"type":"publish"}`, frame("a"), `{"type":"publish","topic":"vm:plain","id":"d"}`, `{"type":"heartbeat"}`)
+	g.expect(refused("c"), `{"status":"error","code":"rate-limited"}`, refused("a"), `{"status":"error","code":"forbidden","id":"d"}`, `{"ack":"heartbeat"}`)
+	b = restart(t, b, 2)
+	rate(plenty)
+	g.send(frame("c"), frame("b"), frame("c"), frame("d"))
+	g.expect(refused("c"), ok("b"), ok("c"), ok("d"))
+	// Without an id there is nothing to wait for.
+	rate(none)
+	g.send(`{"type":"publish"}`, `{"type":"publish"}`)
+	g.expect(`{"status":"ok"}`, `{"status":"error","code":"rate-limited"}`)
+	rate(plenty)
+	g.send(frame("e"))
+	g.expect(ok("e"))
+	// What the disk refuses holds back what comes behind its answer, too.
+	disk.fails.Store(true)
+	g.send(frame("f"), frame("g"))
+	full := `{"status":"error","code":"storage-full","id":"`
+	g.expect(full+`f"}`, full+`g"}`)
+	eventually(t, "the disk works", func() bool { return b.State() == "running" })
+	g.send(frame("g"), frame("h"), frame("f"), frame("g"))
+	g.expect(full+`g"}`, full+`h"}`, ok("f"), ok("g"))
 }

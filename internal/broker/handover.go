@@ -24,7 +24,7 @@ const (
 	// handOverVersion is of what is written below, whole. Whoever changes a member
 	// there, in presence.Carried or in session.Frozen raises it: a castrad of
 	// another version takes nothing over, and the guests connect again.
-	handOverVersion = 1
+	handOverVersion = 2
 
 	// parkTime is how long the sessions may take to stop: a batch that is being
 	// committed, and a search of the log, each give up on a stalled disk after five

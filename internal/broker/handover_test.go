@@ -48,7 +48,7 @@ func leave(t testing.TB, b *running, sessions int) Options {
 		t.Fatal(err)
 	}
 	o := testOptions(t, filepath.Dir(b.opts.StateDir))
-	o.Settings, o.Inherit = b.opts.Settings, kept
+	o.Settings, o.FS, o.Inherit = b.opts.Settings, b.opts.FS, kept
 	return o
 }
 
@@ -339,16 +339,19 @@ func TestInheritRubbish(t *testing.T) {
 		return text.String(), o, g
 	}
 	for name, change := range map[string]func(string) string{
-		"nothing":             func(string) string { return "" },
-		"no JSON":             func(string) string { return "\x00\x01\n" },
-		"of another version":  func(s string) string { return strings.Replace(s, `"version":1`, `"version":2`, 1) },
-		"unknown member":      func(s string) string { return strings.Replace(s, `"vm":"g"`, `"vm":"g","mood":1`, 1) },
-		"no VM":               func(s string) string { return s[:strings.IndexByte(s, '\n')+1] },
-		"a VM twice":          func(s string) string { return s + s[strings.IndexByte(s, '\n')+1:] },
-		"cut":                 func(s string) string { return s[:len(s)-20] },
-		"of a longer log":     func(s string) string { return strings.Replace(s, `"head":`, `"head":9`, 1) },
-		"a session too many":  func(s string) string { return strings.Replace(s, `"sessions":1`, `"sessions":2`, 1) },
-		"a path for a name":   func(s string) string { return strings.Replace(s, `"vm":"g"`, `"vm":"../g"`, 1) },
+		"nothing":            func(string) string { return "" },
+		"no JSON":            func(string) string { return "\x00\x01\n" },
+		"of another version": func(s string) string { return strings.Replace(s, `"version":`, `"version":9`, 1) },
+		"unknown member":     func(s string) string { return strings.Replace(s, `"vm":"g"`, `"vm":"g","mood":1`, 1) },
+		"no VM":              func(s string) string { return s[:strings.IndexByte(s, '\n')+1] },
+		"a VM twice":         func(s string) string { return s + s[strings.IndexByte(s, '\n')+1:] },
+		"cut":                func(s string) string { return s[:len(s)-20] },
+		"of a longer log":    func(s string) string { return strings.Replace(s, `"head":`, `"head":9`, 1) },
+		"a session too many": func(s string) string { return strings.Replace(s, `"sessions":1`, `"sessions":2`, 1) },
+		"a path for a name":  func(s string) string { return strings.Replace(s, `"vm":"g"`, `"vm":"../g"`, 1) },
+		"a hold on nothing": func(s string) string {
+			return strings.Replace(s, `"token":`, `"ordered":true,"held":{"id":"","code":"rate-limited","retry_after_ms":1},"token":`, 1)
+		},
 		"a token that is not": func(s string) string { return strings.Replace(s, `"token":"sess-`, `"token":"`, 1) },
 	} {
 		t.Run(name, func(t *testing.T) {

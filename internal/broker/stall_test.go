@@ -4,6 +4,8 @@ import (
 	"io/fs"
 	"strings"
 	"sync"
+	"sync/atomic"
+	"syscall"
 	"testing"
 
 	"github.com/castrabus/castra/internal/bus"
@@ -16,6 +18,7 @@ type stuckFS struct {
 	mu      sync.Mutex
 	stopped chan struct{} // nil: it works
 	what    string        // the operation that blocks
+	fails   atomic.Bool   // the next sync of the host stream does
 }
 
 // stop makes what block until the returned function is called.
@@ -46,16 +49,20 @@ func (s *stuckFS) wait(what string) {
 
 func (s *stuckFS) OpenFile(name string, flag int, perm fs.FileMode) (eventlog.File, error) {
 	f, err := s.FS.OpenFile(name, flag, perm)
-	return stuckFile{f, s}, err
+	return stuckFile{f, s, strings.Contains(name, "/bus/host/")}, err
 }
 
 type stuckFile struct {
 	eventlog.File
-	fs *stuckFS
+	fs   *stuckFS
+	host bool
 }
 
 func (f stuckFile) Sync() error {
 	f.fs.wait("sync")
+	if f.host && f.fs.fails.CompareAndSwap(true, false) {
+		return syscall.EIO
+	}
 	return f.File.Sync()
 }
 

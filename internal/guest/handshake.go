@@ -29,9 +29,9 @@ type identity struct {
 
 func (id identity) capabilities() string {
 	if id.key != nil {
-		return wire.CapBus + "," + wire.CapAuth
+		return wire.CapBus + "," + wire.CapOrdered + "," + wire.CapAuth
 	}
-	return wire.CapBus
+	return wire.CapBus + "," + wire.CapOrdered
 }
 
 // list is capabilities, one by one.

@@ -54,7 +54,7 @@ func TestHandshake(t *testing.T) {
 	plainHello := func(h *scriptedHost) { hello(h, "hello vm:web1 capabilities=bus-v1") }
 	// challenge runs the host's side with its own idea of the key.
 	challenge := func(h *scriptedHost, key []byte) (proof string) {
-		got := hello(h, "hello vm:web1 capabilities=bus-v1,auth-hmac-v1 nonce=")
+		got := hello(h, "hello vm:web1 capabilities=bus-v1,ordered-v1,auth-hmac-v1 nonce=")
 		h.say("challenge alg=hmac-sha256 nonce=" + sn + "\n")
 		mac, err := wire.ParseAuth([]byte(h.hear()))
 		if want := hex.EncodeToString(wire.ClientMAC(testKey, "web1", got.Caps, got.Nonce, sn)); err != nil || mac != want {

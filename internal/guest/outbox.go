@@ -33,13 +33,11 @@ type result struct {
 // told is true in either case. A guest without a disk keeps everything in front.
 //
 // Records go out in the order in which they were published, many ahead of their
-// acks. Where the host refuses one for now (its rate, its disk), records behind it
-// may already be on their way and be accepted; those keep the number they got.
-// From the refusal on nothing more is sent ahead: the answers to what is on its way
-// are awaited, then the refused records go again one by one, each awaited before the
-// next, and the window opens slowly, by one for each windowful accepted. So a
-// publisher that awaits each answer always keeps its order, and one that does not
-// may see it changed only around the moment of such a refusal.
+// acks. Where the host refuses one for now (its rate, its disk), it refuses those
+// behind it that are already on their way, too (wire.CapOrdered), so that the order
+// stays. From the refusal on nothing more is sent ahead: the answers to what is on
+// its way are awaited, then the refused records go again one by one, each awaited
+// before the next, and the window opens slowly, by one for each windowful accepted.
 type outbox struct {
 	wake func() // something may be sent; must not block
 	note func() // counts changed; must not block

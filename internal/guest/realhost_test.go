@@ -5,8 +5,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"slices"
-	"strings"
 	"testing"
 	"time"
 
@@ -131,22 +129,15 @@ func TestPublishersOrder(t *testing.T) {
 		t.Fatal(err)
 	}
 	p := got.payloads(t)
-	sorted := slices.Clone(p)
-	slices.SortFunc(sorted, func(a, b string) int { return len(a)*1000 - len(b)*1000 + strings.Compare(a, b) })
-	for i := range n {
-		if i >= len(sorted) || sorted[i] != fmt.Sprint(i) {
-			t.Fatalf("record %d is missing or came twice among %d", i, len(p))
+	if len(p) != n {
+		t.Errorf("%d records were stored of %d", len(p), n)
+	}
+	for i, payload := range p {
+		if payload != fmt.Sprint(i) {
+			t.Fatalf("record %d is %s", i, payload)
 		}
 	}
-	inversions := 0
-	for i := range p[1:] {
-		if len(p[i]) > len(p[i+1]) || len(p[i]) == len(p[i+1]) && p[i] > p[i+1] {
-			inversions++
-		}
+	if limited := f.outbox.counts().limited; limited == 0 {
+		t.Error("nothing was refused: the order was never at risk")
 	}
-	// A pipelined publisher may see its order changed at a refusal, and no more.
-	if c := f.outbox.counts(); c.limited == 0 || inversions > int(c.limited) {
-		t.Errorf("%d inversions with %d refusals", inversions, c.limited)
-	}
-	t.Logf("%d inversions, %d refusals for the rate", inversions, f.outbox.counts().limited)
 }

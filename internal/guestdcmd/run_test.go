@@ -215,7 +215,7 @@ func (l *lab) host(address string) (net.Conn, *bufio.Reader) {
 	_ = conn.SetDeadline(time.Now().Add(hang))
 	r := bufio.NewReader(conn)
 	_, _ = io.WriteString(conn, wire.Greeting+"\n")
-	if hello, err := r.ReadString('\n'); err != nil || hello != "hello vm:web1 capabilities=bus-v1\n" {
+	if hello, err := r.ReadString('\n'); err != nil || hello != "hello vm:web1 capabilities=bus-v1,ordered-v1\n" {
 		l.t.Fatalf("hello is %q, %v", hello, err)
 	}
 	_, _ = io.WriteString(conn, "ok session=sess-test\n")

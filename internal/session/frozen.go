@@ -26,6 +26,8 @@ type Frozen struct {
 	// Unsent is what the guest has still to get: the rest of a frame that went out
 	// in part, and whole ones behind it.
 	Unsent        []byte               `json:"unsent,omitempty"`
+	Ordered       bool                 `json:"ordered,omitempty"` // it has wire.CapOrdered
+	Held          *Held                `json:"held,omitempty"`
 	Subscriptions []FrozenSubscription `json:"subscriptions,omitempty"`
 }
 
@@ -95,7 +97,7 @@ func (s *Session) Freeze(quiet uint64) (f *Frozen, fd int, err error) {
 	if cerr != nil {
 		return nil, 0, cerr
 	}
-	f = &Frozen{Token: s.token, Remote: s.remote, Unread: s.unread, Unsent: s.unsent}
+	f = &Frozen{Token: s.token, Remote: s.remote, Unread: s.unread, Unsent: s.unsent, Ordered: s.ordered, Held: s.held}
 	for _, sub := range s.subscriptions() {
 		f.Subscriptions = append(f.Subscriptions, sub.freeze(quiet))
 	}
@@ -128,6 +130,9 @@ func (f *Frozen) check(vm string) error {
 		return fmt.Errorf("%d bytes are unread, which is more than a frame", len(f.Unread))
 	case len(f.Unsent) > maxFrozen:
 		return fmt.Errorf("%d bytes are unsent", len(f.Unsent))
+	}
+	if f.Held != nil && (!f.Ordered || !wire.ValidID(f.Held.ID) || f.Held.RetryAfterMS <= 0) {
+		return errors.New("what it holds back is no publish")
 	}
 	names := make(map[string]bool)
 	for i := range f.Subscriptions {
@@ -174,6 +179,7 @@ func Thaw(vm string, conn Conn, b Broker, opts Options, f *Frozen) (*Session, er
 	}
 	s := newSession(conn, raw, b, opts)
 	s.vm, s.token, s.remote = vm, f.Token, f.Remote
+	s.ordered, s.held = f.Ordered, f.Held
 	s.unread, s.waiting = f.Unread, f.Unsent
 	s.torn = len(f.Unsent) > 0 // what there is may be the rest of a frame
 	return s, nil

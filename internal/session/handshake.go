@@ -147,6 +147,7 @@ func (h *handshake) grant(key []byte, nonce string) *Session {
 	}
 	s := newSession(h.conn, raw, h.broker, h.opts)
 	s.remote, s.vm, s.token = h.remote, h.hello.VM, tokenPrefix+randomHex(tokenBytes)
+	s.ordered = h.hello.Has(wire.CapOrdered)
 	guest, d := h.broker.Admit(h.ctx, s, h.hello, key)
 	if d.Refuse != "" {
 		h.refuse(d.Refuse)

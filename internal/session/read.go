@@ -278,9 +278,14 @@ func (s *Session) publish(w *workspace) {
 		refuse(bus.CodeForbidden, "topics beginning castra. are the broker's")
 		return
 	}
+	if s.overtakes(&a) {
+		w.acks = append(w.acks, reply{ack: a, entry: -1})
+		return
+	}
 	if wait := s.guest.Allow(len(m.Payload)); wait > 0 {
 		a.RetryAfterMS = max(1, wait.Milliseconds())
 		refuse(bus.CodeRateLimited, "more than this VM may publish; retry in %d ms", a.RetryAfterMS)
+		s.hold(&w.acks[len(w.acks)-1].ack)
 		s.noteLimited()
 		return
 	}
@@ -305,10 +310,15 @@ func (s *Session) flush(ws **workspace, rest []byte) ([]byte, error) {
 		}
 	}
 	w.out = w.out[:0]
+	failed := false
 	for i := range w.acks {
 		r := &w.acks[i]
 		if r.entry >= 0 {
 			s.outcome(r, &w.batch.Entries[r.entry], err)
+			if r.ack.Code != "" && !failed {
+				failed = true
+				s.hold(&r.ack) // it was before whatever was held when it was taken in
+			}
 		}
 		w.out = wire.AppendAckFrame(w.out, &r.ack)
 	}

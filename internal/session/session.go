@@ -170,6 +170,9 @@ type Session struct {
 	waiting []byte
 	torn    bool // part of a frame went out last; with writer
 
+	ordered bool  // the guest has CapOrdered
+	held    *Held // the reader's; nil: none
+
 	// What a session that is handed over takes with it, see Frozen.
 	unread []byte // the reader's
 	unsent []byte // with writer

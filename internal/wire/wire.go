@@ -36,6 +36,7 @@ const ReservedName = "host"
 const (
 	CapBus     = "bus-v1"       // frames follow the handshake
 	CapAuth    = "auth-hmac-v1" // the guest can answer a challenge
+	CapOrdered = "ordered-v1"   // behind a publish refused for now later ones are refused, too
 	CapHostBus = "host-bus"     // host rights, which are never granted over this protocol
 )
 

@@ -133,7 +133,9 @@ func FuzzSession(f *testing.F) {
 }
 
 // isReset tells whether the broker closed while something was still to be read.
-func isReset(err error) bool { return errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) }
+func isReset(err error) bool {
+	return errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE)
+}
 
 // checkHeard looks at what the broker said to the VM g.
 func checkHeard(t *testing.T, heard []byte, frames int, secret string) {

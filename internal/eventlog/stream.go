@@ -196,7 +196,8 @@ func (s *stream) expiredBefore(first uint64) bool {
 	if s.private {
 		_ = s.load() // the list stays as it was, and the caller tells of the file
 	}
-	return s.oldest() > first
+	oldest := s.oldest()
+	return oldest == 0 || oldest > first // 0: all of it was forgotten
 }
 
 // retention says which segments may go.
@@ -221,20 +222,29 @@ func (s *stream) expire(r retention, now time.Time) (held bool, err error) {
 		if doomed.first == 0 {
 			return held, nil
 		}
-		// Should a power cut undo the last removal and not this one, that would
-		// be a hole too.
-		err := s.syncDir()
-		if err == nil {
-			err = s.fs.Remove(s.path(doomed.first))
-			s.unsynced = true
-		}
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			s.mu.Lock()
-			s.segs = slices.Insert(s.segs, 0, doomed)
-			s.mu.Unlock()
-			return false, fmt.Errorf("expiring segment: %w", err)
+		if err := s.remove(doomed); err != nil {
+			return false, err
 		}
 	}
+}
+
+// remove removes the file of a segment that was the first on the list, to which it
+// comes back if that fails.
+func (s *stream) remove(doomed segment) error {
+	// Should a power cut undo the last removal and not this one, that would be a
+	// hole too.
+	err := s.syncDir()
+	if err == nil {
+		err = s.fs.Remove(s.path(doomed.first))
+		s.unsynced = true
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		s.mu.Lock()
+		s.segs = slices.Insert(s.segs, 0, doomed)
+		s.mu.Unlock()
+		return fmt.Errorf("expiring segment: %w", err)
+	}
+	return nil
 }
 
 // doomed takes the oldest segment off the list if r says that it is to go, so

@@ -189,6 +189,9 @@ func (b *Broker) openLog() error {
 			PositionFile: filepath.Join(o.StateDir, "vm-streams.json"),
 			SegmentSize:  max(64<<10, o.VMRetention/vmSegments), Retention: o.VMRetention, MaxAge: o.RetentionAge,
 			Sender: bus.HostVM, Owner: topicOwner, Share: b.share,
+			OnOversize: func(vm string) {
+				b.bite(limitVMBytes, vm, "", session.TroubleQueueFull, session.ActionThrottle, "the stream of this VM is full, its oldest records went")
+			},
 			OnError: func(err error) { b.note(partVMStreams, err) },
 			OnAside: func(file, name string) {
 				logging.StateSetAside.On(b.log).WithFields(logrus.Fields{"file": file, "aside": name}).Error("what is there is no file that castrad can use; it is set aside")

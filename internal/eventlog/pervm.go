@@ -24,6 +24,9 @@ type PerVMOptions struct {
 	Sender string
 	// Owner gives the VM that a topic belongs to.
 	Owner func(topic []byte) (vm []byte, ok bool)
+	// OnOversize is called when the oldest records of a VM's stream went because it had
+	// too many bytes. It must not wait. It may be nil.
+	OnOversize func(vm string)
 	// OnError is called when copying fails and when it goes on (nil).
 	OnError func(error)
 	// OnAside is called when something that is no file was renamed, because a file
@@ -168,7 +171,11 @@ func (p *perVM) share(vm string) int64 {
 }
 
 func (p *perVM) retention(vm string) retention {
-	return retention{size: p.share(vm), age: p.opts.MaxAge, before: noNumber}
+	r := retention{size: p.share(vm), age: p.opts.MaxAge, before: noNumber}
+	if p.opts.OnOversize != nil {
+		r.oversize = func() { p.opts.OnOversize(vm) }
+	}
+	return r
 }
 
 // segmentSize is how large a segment of a VM's stream gets.

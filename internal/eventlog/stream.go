@@ -206,6 +206,8 @@ type retention struct {
 	age  time.Duration // how long a record is kept; 0: for ever
 	// before protects segments that hold records from this number on.
 	before uint64
+	// oversize is called for each segment that went because of size, if it is not nil.
+	oversize func()
 }
 
 // minSealed is how long this process must have seen a segment sealed before
@@ -218,12 +220,15 @@ const minSealed = time.Hour
 // r.before kept one that should have gone.
 func (s *stream) expire(r retention, now time.Time) (held bool, err error) {
 	for {
-		doomed, held := s.doomed(r, now)
+		doomed, tooBig, held := s.doomed(r, now)
 		if doomed.first == 0 {
 			return held, nil
 		}
 		if err := s.remove(doomed); err != nil {
 			return false, err
+		}
+		if tooBig && r.oversize != nil {
+			r.oversize()
 		}
 	}
 }
@@ -249,25 +254,25 @@ func (s *stream) remove(doomed segment) error {
 
 // doomed takes the oldest segment off the list if r says that it is to go, so
 // that no reader begins with it any more.
-func (s *stream) doomed(r retention, now time.Time) (g segment, held bool) {
+func (s *stream) doomed(r retention, now time.Time) (g segment, tooBig, held bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if len(s.segs) < 2 {
-		return g, false
+		return g, false, false
 	}
 	var total int64
 	for _, g := range s.segs {
 		total += g.size
 	}
-	tooBig := r.size > 0 && total > r.size
+	tooBig = r.size > 0 && total > r.size
 	tooOld := r.age > 0 && now.Sub(s.segs[0].modified) > r.age && time.Since(s.segs[0].sealed) >= minSealed
 	if !tooBig && !tooOld {
-		return g, false
+		return g, false, false
 	}
 	if s.segs[1].first > r.before {
-		return g, true
+		return g, false, true
 	}
 	g = s.segs[0]
 	s.segs = s.segs[1:]
-	return g, false
+	return g, tooBig, false
 }

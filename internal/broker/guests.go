@@ -208,6 +208,7 @@ func (b *Broker) Release(s *session.Session, end session.End) {
 	b.trouble(s.VM(), s.Token(), end.Reason, session.ActionDisconnect, end.Detail)
 	if end.Reason == session.TroubleSlowConsumer {
 		b.limited.hit(limitUnsent)
+		b.tellLimit(limitUnsent, s.VM(), end.Detail)
 	}
 }
 

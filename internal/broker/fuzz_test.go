@@ -152,12 +152,16 @@ func checkHeard(t *testing.T, heard []byte, frames int, secret string) {
 		if err := dec.Decode(frame, &m); err != nil || !bytes.HasPrefix(text, []byte(`{"type":"`)) {
 			t.Fatalf("%q: %v", text, err)
 		}
+		owner, owned := wire.TopicVM(string(m.Topic))
+		others := owned && owner != "g" || bytes.HasPrefix(m.Topic, []byte(wire.BrokerPrefix))
 		switch m.Type {
 		case wire.TypeAck:
 			answers++
+			if others && string(m.Status) == "ok" && string(m.Ack) != "unsubscribe" {
+				t.Fatalf("g may: %s", text)
+			}
 		case wire.TypePublish:
-			owner, owned := wire.TopicVM(string(m.Topic))
-			if owned && owner != "g" || bytes.HasPrefix(m.Topic, []byte(wire.BrokerPrefix)) || bytes.Contains(text, []byte(secret)) {
+			if others || bytes.Contains(text, []byte(secret)) {
 				t.Fatalf("g hears %s", text)
 			}
 		case wire.TypeGap, wire.TypeError:

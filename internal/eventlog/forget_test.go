@@ -30,15 +30,27 @@ func copied(t testing.TB, l *Log) {
 // A VM that is forgotten leaves nothing on disk; others keep all, a reader that was
 // reading its stream is told of a gap, and what comes later begins anew.
 func TestForgetVM(t *testing.T) {
+	for _, restarted := range []bool{false, true} { // where its stream is not known, a reader has a list of its own
+		for _, early := range []bool{false, true} {
+			t.Run(fmt.Sprintf("restarted %v, read early %v", restarted, early), func(t *testing.T) { testForgetVM(t, restarted, early) })
+		}
+	}
+}
+
+func testForgetVM(t *testing.T, restarted, early bool) {
 	o := testOptions(t.TempDir())
 	l := mustOpen(t, o)
-	defer mustClose(t, l)
+	defer func() { mustClose(t, l) }()
 	big := `"` + strings.Repeat("x", 20_000) + `"`
 	for i := range 20 { // several segments
 		publish(t, l, "gone", "t", fmt.Sprint("g", i), big)
 		publish(t, l, "stays", "t", fmt.Sprint("s", i), "1")
 	}
 	copied(t, l)
+	if restarted {
+		mustClose(t, l)
+		l = mustOpen(t, o)
+	}
 	reader, err := l.NewVMReader("gone", 1)
 	if err != nil {
 		t.Fatal(err)
@@ -60,26 +72,33 @@ func TestForgetVM(t *testing.T) {
 			t.Errorf("%s is still there: %v", path, err)
 		}
 	}
-	last := publish(t, l, "gone", "t", "anew", "2")
-	copied(t, l)
-	// The open segment is read to its end; of what was behind it a gap tells.
+	// The open segment is read to its end; of what was behind it a gap tells, whether or
+	// not there is a new stream by then.
 	gaps, next := 0, rec.Seq
-	for next < last {
-		ok, err := reader.Next(&rec)
-		var gap *Gap
-		switch {
-		case errors.As(err, &gap):
-			if gap.From <= next || gap.To < gap.From {
-				t.Fatalf("behind %d comes a gap from %d to %d", next, gap.From, gap.To)
+	read := func(last uint64) {
+		for next < last {
+			ok, err := reader.Next(&rec)
+			var gap *Gap
+			switch {
+			case errors.As(err, &gap):
+				if gap.From <= next || gap.To < gap.From {
+					t.Fatalf("behind %d comes a gap from %d to %d", next, gap.From, gap.To)
+				}
+				gaps++
+				next = gap.To
+			case err != nil || !ok:
+				t.Fatalf("behind %d: %v, %v", next, ok, err)
+			default:
+				next = rec.Seq
 			}
-			gaps++
-			next = gap.To
-		case err != nil || !ok:
-			t.Fatalf("behind %d: %v, %v", next, ok, err)
-		default:
-			next = rec.Seq
 		}
 	}
+	if early {
+		read(l.Committed())
+	}
+	last := publish(t, l, "gone", "t", "anew", "2")
+	copied(t, l)
+	read(last)
 	if gaps != 1 {
 		t.Errorf("the reader was told of %d gaps", gaps)
 	}

@@ -67,10 +67,7 @@ func (s *stream) path(first uint64) string { return filepath.Join(s.dir, segment
 func (s *stream) load() error {
 	s.unsynced = true
 	entries, err := s.fs.ReadDir(s.dir)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("listing segments: %w", err)
 	}
 	var segs []segment

@@ -113,8 +113,8 @@ func TestStrangersAreForgotten(t *testing.T) {
 	if err := b.forgetStrangers(t.Context(), time.Now()); err != nil {
 		t.Fatal(err)
 	}
-	if got := vmsOf(t, o); !slices.Contains(got, "live") {
-		t.Errorf("with a session, and what is left is %v", got)
+	if got := filesOf(t, o)["live"]; !slices.Contains(got, "vm") {
+		t.Errorf("what is left of who has a session is %v", got)
 	}
 	for i := range 3 {
 		b.leave(fmt.Sprint("later", i))

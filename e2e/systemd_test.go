@@ -188,6 +188,28 @@ func TestSystemd(t *testing.T) {
 		if _, err := as("writer", "castractl", "bus", "publish", "1"); err != nil {
 			t.Errorf("a member of castra did not publish: %v", err)
 		}
+		// The policy of docs/SECURITY.md, as it stands there.
+		security, err := os.ReadFile("../docs/SECURITY.md")
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, policy, _ := strings.Cut(string(security), "```xml\n")
+		policy, _, _ = strings.Cut(policy, "```")
+		const reload = "; busctl call org.freedesktop.DBus /org/freedesktop/DBus org.freedesktop.DBus ReloadConfig"
+		const file = "/etc/dbus-1/system.d/org.castra.Bus1.private.conf"
+		h.want(policy, file)
+		h.run("sh", "-c", `printf %s "$1" >`+file+reload, "sh", policy)
+		if out, err := as("reader", "castractl", "status"); err == nil || strings.Contains(out, "web1") || !strings.Contains(out, "castra") {
+			t.Errorf("a stranger may look, or is not told why not: %s", out)
+		}
+		if out, err := as("writer", "castractl", "status"); err != nil || !strings.Contains(out, "web1") {
+			t.Errorf("a member of castra may not look: %v", err)
+		}
+		h.want(h.run("castractl", "status"), "web1")
+		h.run("sh", "-c", "rm "+file+reload)
+		if out, err := as("reader", "castractl", "status"); err != nil || !strings.Contains(out, "web1") {
+			t.Errorf("without the policy anybody may look again: %v", err)
+		}
 	})
 
 	// A castrad that hangs is killed by the watchdog, and started again.

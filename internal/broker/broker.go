@@ -88,6 +88,7 @@ type Broker struct {
 	parking    parking
 	listeners  atomic.Pointer[[]*listener] // replaced, never changed in place
 	acked      ackMemory
+	leftBehind atomic.Int64 // names on disk that nobody registered, when it was last looked
 	strangers  presence.Bucket
 	refusals   presence.Bucket
 	limited    limitCounts
@@ -151,6 +152,7 @@ func Open(opts Options) (*Broker, error) {
 	b.work.Go(func() { b.cursors.run(b.ctx2, func(err error) { b.note(partCursors, err) }) })
 	b.work.Go(b.sweep)
 	b.work.Go(b.watchIdle)
+	b.work.Go(b.watchStrangers)
 	b.work.Go(b.announce)
 	return b, nil
 }
@@ -186,7 +188,10 @@ func (b *Broker) openLog() error {
 			IDDir:        filepath.Join(o.StateDir, "ids"),
 			PositionFile: filepath.Join(o.StateDir, "vm-streams.json"),
 			SegmentSize:  max(64<<10, o.VMRetention/vmSegments), Retention: o.VMRetention, MaxAge: o.RetentionAge,
-			Sender: bus.HostVM, Owner: topicOwner,
+			Sender: bus.HostVM, Owner: topicOwner, Share: b.share,
+			OnOversize: func(vm string) {
+				b.bite(limitVMBytes, vm, "", session.TroubleQueueFull, session.ActionThrottle, "the stream of this VM is full, its oldest records went")
+			},
 			OnError: func(err error) { b.note(partVMStreams, err) },
 			OnAside: func(file, name string) {
 				logging.StateSetAside.On(b.log).WithFields(logrus.Fields{"file": file, "aside": name}).Error("what is there is no file that castrad can use; it is set aside")

@@ -90,14 +90,7 @@ func (b *Broker) OpenCursor(sub *session.Subscription, start uint64) (uint64, er
 // open gives a cursor's position, making it at start where there is none. One
 // beyond end is set to it, and lost is where it was.
 func (c *cursors) open(vm, name, topic string, start, end uint64) (next, lost uint64, err error) {
-	c.mu.Lock()
-	v := c.vms[vm]
-	if v == nil {
-		v = &vmCursors{path: filepath.Join(c.dir, vm+".json")}
-		c.vms[vm] = v
-	}
-	c.mu.Unlock()
-	v.file.Lock()
+	v := c.hold(vm)
 	defer v.file.Unlock()
 	if err := c.load(v); err != nil {
 		return 0, 0, bus.Errorf(bus.CodeInternal, "reading the cursors in %s: %v", v.path, err)
@@ -135,6 +128,41 @@ func (c *cursors) open(vm, name, topic string, start, end uint64) (next, lost ui
 		return 0, 0, refusal
 	}
 	return next, lost, nil
+}
+
+// hold gives a VM's cursors with its file held.
+func (c *cursors) hold(vm string) *vmCursors {
+	for {
+		c.mu.Lock()
+		v := c.vms[vm]
+		if v == nil {
+			v = &vmCursors{path: filepath.Join(c.dir, vm+".json")}
+			c.vms[vm] = v
+		}
+		c.mu.Unlock()
+		v.file.Lock()
+		c.mu.Lock()
+		current := c.vms[vm] == v
+		c.mu.Unlock()
+		if current {
+			return v
+		}
+		v.file.Unlock() // it was forgotten meanwhile
+	}
+}
+
+// forget removes a VM's cursors.
+func (c *cursors) forget(vm string) error {
+	v := c.hold(vm)
+	defer v.file.Unlock()
+	c.mu.Lock()
+	delete(c.vms, vm)
+	delete(c.moved, vm)
+	c.mu.Unlock()
+	if err := os.Remove(v.path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
 }
 
 // load reads a VM's cursors once. Call with its file held.
@@ -247,7 +275,13 @@ func (c *cursors) flush() error {
 	var errs []error
 	for vm, v := range moved {
 		v.file.Lock()
-		err := c.save(v)
+		c.mu.Lock()
+		current := c.vms[vm] == v
+		c.mu.Unlock()
+		var err error
+		if current { // else it was forgotten meanwhile
+			err = c.save(v)
+		}
 		v.file.Unlock()
 		if err != nil {
 			errs = append(errs, err)

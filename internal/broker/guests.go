@@ -56,7 +56,9 @@ func (b *Broker) Attend(ctx context.Context, h wire.Hello, remote string) sessio
 	if d := b.pace(ctx, h.VM); d.Refuse != "" {
 		return d
 	}
-	if !b.table.Attend(h.VM, remote, h.Capabilities()) {
+	attended := b.table.Attend(h.VM, remote, h.Capabilities())
+	b.tellForgotten()
+	if !attended {
 		return session.Decision{Refuse: reasonTooManyVMs}
 	}
 	b.table.Admitted(h.VM)
@@ -148,6 +150,7 @@ func (b *Broker) Admit(ctx context.Context, s *session.Session, h wire.Hello, pr
 	displaced := b.table.MakeWay(h.VM)
 	v, old, err := b.table.Connect(h.VM, s, s.Remote(), caps)
 	b.admission.RUnlock()
+	b.tellForgotten()
 	if o, isSession := displaced.(*session.Session); isSession {
 		o.End(session.TroubleQueueFull, "limits.max_sessions is reached, and a registered VM goes before one that is not")
 		b.bite(limitSessions, o.VM(), o.Token(), session.TroubleQueueFull, session.ActionDisconnect, "its session made way for "+h.VM)
@@ -169,6 +172,13 @@ func (b *Broker) Admit(ctx context.Context, s *session.Session, h wire.Hello, pr
 	b.records.handshake(h.VM)
 	logging.GuestConnected.On(b.entry(s)).Info("guest connected")
 	return &account{VM: v, broker: b, key: proven}, session.Decision{}
+}
+
+// tellForgotten tells of names that made room for others.
+func (b *Broker) tellForgotten() {
+	for _, vm := range b.table.TakeForgotten() {
+		b.bite(limitVMs, vm, "", session.TroubleQueueFull, session.ActionReject, "too many names that nobody registered, the one heard of longest ago is forgotten")
+	}
 }
 
 func (b *Broker) registered(vm string) bool {
@@ -198,6 +208,7 @@ func (b *Broker) Release(s *session.Session, end session.End) {
 	b.trouble(s.VM(), s.Token(), end.Reason, session.ActionDisconnect, end.Detail)
 	if end.Reason == session.TroubleSlowConsumer {
 		b.limited.hit(limitUnsent)
+		b.tellLimit(limitUnsent, s.VM(), end.Detail)
 	}
 }
 

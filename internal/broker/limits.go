@@ -12,8 +12,8 @@ import (
 	"github.com/castrabus/castra/internal/session"
 )
 
-// The limits that are counted, as [limits] in the configuration spells them.
-// limitOpenFiles is the process's own (RLIMIT_NOFILE).
+// The limits that are counted, as [limits] and, of bytes on disk, [store] in the
+// configuration spell them. limitOpenFiles is the process's own (RLIMIT_NOFILE).
 const (
 	limitSessions      = "max_sessions"
 	limitHandshakes    = "max_handshakes"
@@ -22,6 +22,7 @@ const (
 	limitPublish       = "publish_rate"
 	limitHandshakeRate = "handshake_rate"
 	limitUnsent        = "unsent_bytes"
+	limitVMBytes       = "vm_retention_size"
 	limitOpenFiles     = "open_files"
 )
 

@@ -3,9 +3,11 @@ package cli
 import (
 	"encoding/base64"
 	"encoding/json"
+	"encoding/xml"
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -110,6 +112,30 @@ func TestVMAdd(t *testing.T) {
 	r = run(t, reg.client(), []string{"vm", "add", "-q", "web5", "--key-out", "it's, a key"})
 	r.want(t, 0, smbiosName+`web5 -smbios 'type=11,path=it'\''s,, a key'`+"\n", "")
 	wantKey(t, "it's, a key")
+}
+
+// The libvirt domain that the help shows hands QEMU the arguments that are printed.
+func TestVMAddLibvirt(t *testing.T) {
+	_, domain, _ := strings.Cut(newVMAddCmd(&Factory{}).Long, "<domain")
+	domain, _, found := strings.Cut("<domain"+domain, "</domain>")
+	if !found {
+		t.Fatal("the help shows no domain")
+	}
+	var d struct {
+		Args []struct {
+			Value string `xml:"value,attr"`
+		} `xml:"http://libvirt.org/schemas/domain/qemu/1.0 commandline>arg"`
+	}
+	if err := xml.Unmarshal([]byte(domain+"</domain>"), &d); err != nil {
+		t.Fatal(err)
+	}
+	var args []string
+	for _, a := range d.Args {
+		args = append(args, a.Value)
+	}
+	if h := (&handover{VM: "NAME", KeyFile: "/PATH/NAME.castra-key"}); !slices.Equal(args, h.args()) {
+		t.Errorf("the domain has %q, and vm add prints %q", args, h.args())
+	}
 }
 
 // What was done before the first failure is said and kept.

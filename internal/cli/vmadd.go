@@ -44,7 +44,8 @@ In a libvirt domain the same arguments stand below xmlns:qemu:
   </domain>
 
 The key's file must be readable by the user that libvirt runs QEMU as, and by
-nobody else; <oemStrings> would put the key into the process list.
+nobody else; where AppArmor or SELinux confines QEMU, that must allow it too.
+<oemStrings> would put the key into the process list.
 
 Exit codes: 0 done; 1 when a name is registered already or a key could not be
 written: that name is not registered then; 5 castrad is not to be had.`,

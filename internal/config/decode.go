@@ -6,8 +6,10 @@ import (
 	"fmt"
 	"reflect"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
+	"unicode"
 
 	"github.com/BurntSushi/toml"
 )
@@ -27,7 +29,22 @@ func (e *Error) Error() string {
 		where = strings.TrimPrefix(fmt.Sprintf("%s, line %d", e.File, e.Line), ", ")
 	}
 	parts := slices.DeleteFunc([]string{where, e.Key, e.Reason}, func(s string) bool { return s == "" })
-	return strings.Join(parts, ": ")
+	return oneLine(strings.Join(parts, ": "))
+}
+
+// oneLine writes as Go would what does not print: the library repeats what it found in
+// the file, line ends included.
+func oneLine(s string) string {
+	var b strings.Builder
+	for _, r := range s {
+		if unicode.IsPrint(r) {
+			b.WriteRune(r)
+			continue
+		}
+		q := strconv.QuoteRune(r)
+		b.WriteString(q[1 : len(q)-1])
+	}
+	return b.String()
 }
 
 // Decode reads the TOML text of file into the struct that dst points to, whose

@@ -2,6 +2,9 @@ package config
 
 import (
 	"errors"
+	"net"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -75,6 +78,30 @@ func FuzzSize(f *testing.F) {
 		var sync Sync
 		if sync.UnmarshalTOML(text) == nil && sync.Every() < 0 && sync != SyncNever || sync.Every() > 0 && sync.Every() < time.Nanosecond || strings.Contains(string(sync), "\n") {
 			t.Errorf("%q is %v", text, sync.Every())
+		}
+	})
+}
+
+// FuzzGuest reads whatever text as castra-guestd's configuration.
+func FuzzGuest(f *testing.F) {
+	for _, text := range []string{
+		"[broker]\naddress = \"10.0.2.2:7070\"\n[bus]\nsubscribe = [\"a.>\"]\n", "[broker]\naddress = \":7070\"\n", "[broker]\naddress = \"h:99999\"\n",
+		"[bus]\nspool_size = \"1KiB\"\n", "[bus]\nspool_size = -1\n", "[identity]\nvm = 7\n", "[identity]\nVM = \"a\"\n", "[bus]\nsubscribe = [1]\n", "\x00",
+	} {
+		f.Add(text)
+	}
+	path := filepath.Join(f.TempDir(), "guestd.toml")
+	f.Fuzz(func(t *testing.T, text string) {
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		cfg, err := LoadGuest(path, func(string) error { return nil })
+		if err != nil {
+			checkErrors(t, err)
+			return
+		}
+		if host, _, err := net.SplitHostPort(cfg.Broker.Address); err != nil || host == "" || cfg.Bus.SpoolSize < leastSpool {
+			t.Errorf("%q gives %+v", text, cfg)
 		}
 	})
 }

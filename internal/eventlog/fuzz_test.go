@@ -3,9 +3,13 @@ package eventlog
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
+	"io"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
+	"time"
 )
 
 func seedRecord(seq, synced uint64) []byte {
@@ -107,6 +111,80 @@ func FuzzQuoted(f *testing.F) {
 		var s string
 		if end := quotedEnd(append(bytes.Clone(q), `,"x"`...)); end != len(q) || json.Unmarshal(q, &s) != nil {
 			t.Errorf("%q is quoted as %q, which ends at %d", id, q, end)
+		}
+	})
+}
+
+// FuzzSegment reads whatever bytes as a sealed segment: numbers rise, each search
+// ends, what is behind the damage is reached, and Verify takes it all in.
+func FuzzSegment(f *testing.F) {
+	whole := append(seedRecord(1, 0), seedRecord(2, 1)...)
+	f.Add(whole)
+	f.Add(append(bytes.Clone(whole), "damage\n"...))
+	f.Add(append(append([]byte("damage\n"), whole...), seedRecord(7, 2)[:30]...))
+	f.Add(append(bytes.Clone(whole), append(make([]byte, 4096), seedRecord(5, 2)...)...))
+	f.Add(append(bytes.Repeat([]byte("x"), cursorBuffer+7), append([]byte("\n"), whole...)...))
+	f.Add(append(seedRecord(200, 1), seedRecord(3, 2)...))
+	const behind = 100
+	dir := f.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, segmentName(behind)), seedRecord(behind, behind-1), 0o600); err != nil {
+		f.Fatal(err)
+	}
+	all := func(*Record) bool { return true }
+	owner := testOptions(dir).PerVM.Owner
+	f.Fuzz(func(t *testing.T, data []byte) {
+		if err := os.WriteFile(filepath.Join(dir, segmentName(1)), data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		st := &stream{fs: OS, dir: dir}
+		if err := st.load(); err != nil {
+			t.Fatal(err)
+		}
+		c := &cursor{st: st}
+		defer c.close()
+		last := uint64(0)
+		for {
+			var rec Record
+			err := c.read(&rec)
+			if errors.Is(err, io.EOF) {
+				break
+			}
+			if err != nil || rec.Seq <= last || rec.Seq > behind {
+				t.Fatalf("behind %d comes %d, %v", last, rec.Seq, err)
+			}
+			checkRecord(t, &rec)
+			last = rec.Seq
+		}
+		if last != behind {
+			t.Errorf("the last record is %d", last)
+		}
+		if seq, err := st.lastMatching(1000, behind, all); err != nil || seq == 0 || seq > behind {
+			t.Errorf("of the last ones the first is %d, %v", seq, err)
+		}
+		if seq, ok, err := st.firstSince(time.Unix(0, 0)); err != nil || !ok || seq == 0 || seq > behind {
+			t.Errorf("the first record is %d, %v, %v", seq, ok, err)
+		}
+		if _, err := Verify(VerifyOptions{Dir: dir, Sender: "host", Owner: owner}, func(Finding) {}); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// FuzzPosition reads whatever bytes as the note of how far the VMs' streams are: what
+// it does not understand it takes for the beginning.
+func FuzzPosition(f *testing.F) {
+	for _, text := range []string{`{"seq":7}`, `{"seq":7,"lazy":true}`, `{"seq":-1}`, `{"seq":18446744073709551616}`, `{}`, `null`, "[", "", "\x00", `{"seq":7}x`, `{"seq":7` + strings.Repeat(" ", 64) + "}"} {
+		f.Add([]byte(text))
+	}
+	path := filepath.Join(f.TempDir(), "position")
+	p := &perVM{log: &Log{opts: Options{FS: OS}}, opts: PerVMOptions{PositionFile: path}}
+	f.Fuzz(func(t *testing.T, data []byte) {
+		if err := os.WriteFile(path, data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		pos, err := p.loadPosition()
+		if err != nil || !json.Valid(data) && pos != (savedPosition{}) && len(data) <= 64 {
+			t.Errorf("%q is %+v, %v", data, pos, err)
 		}
 	})
 }

@@ -16,11 +16,17 @@ type PerVMOptions struct {
 	PositionFile string // how far the host stream is copied, durably
 	SegmentSize  int64
 	Retention    int64 // bytes a VM; 0: all
-	MaxAge       time.Duration
+	// Share gives fewer bytes for a VM that is not to have all of Retention; 0: it
+	// is. The segments of its stream are then as much smaller. It may be nil.
+	Share  func(vm string) int64
+	MaxAge time.Duration
 	// Sender is the name under which the host publishes; it has no stream.
 	Sender string
 	// Owner gives the VM that a topic belongs to.
 	Owner func(topic []byte) (vm []byte, ok bool)
+	// OnOversize is called when the oldest records of a VM's stream went because it had
+	// too many bytes. It must not wait. It may be nil.
+	OnOversize func(vm string)
 	// OnError is called when copying fails and when it goes on (nil).
 	OnError func(error)
 	// OnAside is called when something that is no file was renamed, because a file
@@ -34,6 +40,9 @@ const (
 	// maxBuffered is how much is gathered in memory before the files are
 	// written; also the most that a VM's file is written with at once.
 	maxBuffered = 1 << 20
+
+	// leastSegment is what a share leaves of a segment at least.
+	leastSegment = 64 << 10
 
 	// The copied position is made durable after so many bytes, or so long
 	// after the first copy since: what a start has to copy again at most.
@@ -58,6 +67,8 @@ type perVM struct {
 	wake     chan struct{} // room for one token: more wake-ups would say the same
 	quit     chan struct{}
 	done     chan struct{}
+	// forgettings is unbuffered: who has sent one is answered.
+	forgettings chan forgetting
 
 	mu      sync.Mutex
 	streams map[string]*vmStream
@@ -81,7 +92,8 @@ func openPerVM(l *Log, opts PerVMOptions) (*perVM, error) {
 	p := &perVM{
 		log: l, opts: opts,
 		wake: make(chan struct{}, 1), quit: make(chan struct{}), done: make(chan struct{}),
-		streams: make(map[string]*vmStream), quiet: l.startedAt,
+		forgettings: make(chan forgetting),
+		streams:     make(map[string]*vmStream), quiet: l.startedAt,
 	}
 	p.ids = newIDIndex(l.opts.FS, opts.IDDir, l.opts.StallAfter, p.filesHold)
 	p.ids.aside = opts.OnAside
@@ -148,8 +160,31 @@ func (p *perVM) hurry() {
 	p.notify()
 }
 
-func (p *perVM) retention() retention {
-	return retention{size: p.opts.Retention, age: p.opts.MaxAge, before: noNumber}
+// share is how many bytes of a VM's stream are kept; 0: all.
+func (p *perVM) share(vm string) int64 {
+	if p.opts.Share != nil && p.opts.Retention > 0 {
+		if n := p.opts.Share(vm); n > 0 {
+			return min(n, p.opts.Retention)
+		}
+	}
+	return p.opts.Retention
+}
+
+func (p *perVM) retention(vm string) retention {
+	r := retention{size: p.share(vm), age: p.opts.MaxAge, before: noNumber}
+	if p.opts.OnOversize != nil {
+		r.oversize = func() { p.opts.OnOversize(vm) }
+	}
+	return r
+}
+
+// segmentSize is how large a segment of a VM's stream gets.
+func (p *perVM) segmentSize(vm string) int64 {
+	share := p.share(vm)
+	if share == p.opts.Retention {
+		return p.opts.SegmentSize
+	}
+	return max(leastSegment, int64(float64(p.opts.SegmentSize)*float64(share)/float64(p.opts.Retention)))
 }
 
 // notify tells that something was committed.
@@ -180,6 +215,9 @@ func (p *perVM) run() {
 				p.log.opts.OnError(err)
 			}
 			sweep.Reset(next)
+			continue
+		case req := <-p.forgettings:
+			req.done <- p.forgetVM(req.vm)
 			continue
 		case <-p.quit:
 			return
@@ -316,7 +354,7 @@ func (p *perVM) append(s *vmStream, rec *Record) error {
 	if !s.full { // otherwise what is buffered begins a segment
 		used += s.size
 	}
-	if used > 0 && used+int64(n) > p.opts.SegmentSize {
+	if used > 0 && used+int64(n) > min(leastSegment, p.opts.SegmentSize) && used+int64(n) > p.segmentSize(s.vm) {
 		if err := p.flushStream(s); err != nil {
 			return err
 		}

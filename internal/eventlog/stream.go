@@ -67,10 +67,7 @@ func (s *stream) path(first uint64) string { return filepath.Join(s.dir, segment
 func (s *stream) load() error {
 	s.unsynced = true
 	entries, err := s.fs.ReadDir(s.dir)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("listing segments: %w", err)
 	}
 	var segs []segment
@@ -196,7 +193,8 @@ func (s *stream) expiredBefore(first uint64) bool {
 	if s.private {
 		_ = s.load() // the list stays as it was, and the caller tells of the file
 	}
-	return s.oldest() > first
+	oldest := s.oldest()
+	return oldest == 0 || oldest > first // 0: all of it was forgotten
 }
 
 // retention says which segments may go.
@@ -205,6 +203,8 @@ type retention struct {
 	age  time.Duration // how long a record is kept; 0: for ever
 	// before protects segments that hold records from this number on.
 	before uint64
+	// oversize is called for each segment that went because of size, if it is not nil.
+	oversize func()
 }
 
 // minSealed is how long this process must have seen a segment sealed before
@@ -217,47 +217,59 @@ const minSealed = time.Hour
 // r.before kept one that should have gone.
 func (s *stream) expire(r retention, now time.Time) (held bool, err error) {
 	for {
-		doomed, held := s.doomed(r, now)
+		doomed, tooBig, held := s.doomed(r, now)
 		if doomed.first == 0 {
 			return held, nil
 		}
-		// Should a power cut undo the last removal and not this one, that would
-		// be a hole too.
-		err := s.syncDir()
-		if err == nil {
-			err = s.fs.Remove(s.path(doomed.first))
-			s.unsynced = true
+		if err := s.remove(doomed); err != nil {
+			return false, err
 		}
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			s.mu.Lock()
-			s.segs = slices.Insert(s.segs, 0, doomed)
-			s.mu.Unlock()
-			return false, fmt.Errorf("expiring segment: %w", err)
+		if tooBig && r.oversize != nil {
+			r.oversize()
 		}
 	}
 }
 
+// remove removes the file of a segment that was the first on the list, to which it
+// comes back if that fails.
+func (s *stream) remove(doomed segment) error {
+	// Should a power cut undo the last removal and not this one, that would be a
+	// hole too.
+	err := s.syncDir()
+	if err == nil {
+		err = s.fs.Remove(s.path(doomed.first))
+		s.unsynced = true
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		s.mu.Lock()
+		s.segs = slices.Insert(s.segs, 0, doomed)
+		s.mu.Unlock()
+		return fmt.Errorf("expiring segment: %w", err)
+	}
+	return nil
+}
+
 // doomed takes the oldest segment off the list if r says that it is to go, so
 // that no reader begins with it any more.
-func (s *stream) doomed(r retention, now time.Time) (g segment, held bool) {
+func (s *stream) doomed(r retention, now time.Time) (g segment, tooBig, held bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if len(s.segs) < 2 {
-		return g, false
+		return g, false, false
 	}
 	var total int64
 	for _, g := range s.segs {
 		total += g.size
 	}
-	tooBig := r.size > 0 && total > r.size
+	tooBig = r.size > 0 && total > r.size
 	tooOld := r.age > 0 && now.Sub(s.segs[0].modified) > r.age && time.Since(s.segs[0].sealed) >= minSealed
 	if !tooBig && !tooOld {
-		return g, false
+		return g, false, false
 	}
 	if s.segs[1].first > r.before {
-		return g, true
+		return g, false, true
 	}
 	g = s.segs[0]
 	s.segs = s.segs[1:]
-	return g, false
+	return g, tooBig, false
 }

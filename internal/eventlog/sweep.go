@@ -9,10 +9,11 @@ import (
 // pieces of copying.
 const sweepStep = 64
 
-// sweep applies the retention by age to the next few VMs' streams, those of VMs
-// that publish no more included, and gives when to go on.
+// sweep applies the retention to the next few VMs' streams, those of VMs that publish
+// no more included, and gives when to go on: by age, and by a share that has become
+// less.
 func (p *perVM) sweep() (next time.Duration, err error) {
-	if p.opts.MaxAge == 0 {
+	if p.opts.MaxAge == 0 && p.opts.Share == nil {
 		return expireInterval, nil
 	}
 	if len(p.unswept) == 0 {
@@ -51,6 +52,6 @@ func (p *perVM) sweepVM(vm string) error {
 			st.segs[i].sealed = p.quiet
 		}
 	}
-	_, err := st.expire(p.retention(), time.Now())
+	_, err := st.expire(p.retention(vm), time.Now())
 	return err
 }

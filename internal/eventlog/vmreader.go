@@ -96,7 +96,8 @@ func (r *Reader) fromVM(rec *Record) (bool, error) {
 		v.cursor.close()
 		r.vm = nil
 		r.next = v.until + 1
-		if damaged || v.cursor.expired {
+		gone := v.cursor.st.oldest() == 0 && from <= v.until // it was forgotten meanwhile
+		if damaged || v.cursor.expired || gone {
 			return false, &Gap{From: from, To: v.until}
 		}
 		return false, nil

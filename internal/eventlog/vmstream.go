@@ -212,7 +212,7 @@ func (p *perVM) openFor(s *vmStream) error {
 	}
 	p.open.add(s, f)
 	s.size, s.full = 0, false
-	_, err = s.st.expire(p.retention(), time.Now())
+	_, err = s.st.expire(p.retention(s.vm), time.Now())
 	return err
 }
 

@@ -75,7 +75,7 @@ func (c *client) unsubscribeAll() {
 	c.subs = nil
 	c.mu.Unlock()
 	for _, s := range subs {
-		c.agent.subs.remove(s.sub)
+		c.end(s) // or the connection would stay for as long as an answer may take
 	}
 }
 

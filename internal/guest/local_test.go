@@ -17,12 +17,12 @@ import (
 
 // program is a client of the local socket.
 type program struct {
-	t    *testing.T
+	t    testing.TB
 	conn *net.UnixConn
 	r    *bufio.Reader
 }
 
-func connect(t *testing.T, path string) *program {
+func connect(t testing.TB, path string) *program {
 	t.Helper()
 	conn, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: path, Net: "unix"})
 	if err != nil {
@@ -80,7 +80,7 @@ func (p *program) wantEnd() {
 }
 
 // withSocket runs an agent that serves a socket, on the real clock.
-func withSocket(t *testing.T) (f *fixture, path string) {
+func withSocket(t testing.TB) (f *fixture, path string) {
 	t.Helper()
 	path = filepath.Join(t.TempDir(), "run", "bus.sock")
 	f = runAgent(t, func(o *Options) { o.Socket = path })
@@ -88,7 +88,7 @@ func withSocket(t *testing.T) (f *fixture, path string) {
 }
 
 // withHost is withSocket with a session that everything counts on.
-func withHost(t *testing.T) (f *fixture, path string, host *peer) {
+func withHost(t testing.TB) (f *fixture, path string, host *peer) {
 	t.Helper()
 	f, path = withSocket(t)
 	host = f.net.accept(t)
@@ -100,7 +100,7 @@ func withHost(t *testing.T) (f *fixture, path string, host *peer) {
 }
 
 // until waits for something that happens by itself.
-func (f *fixture) until(t *testing.T, done func() bool) {
+func (f *fixture) until(t testing.TB, done func() bool) {
 	t.Helper()
 	for end := time.Now().Add(hang); !done(); time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
@@ -274,6 +274,20 @@ func TestSocketHalfClose(t *testing.T) {
 	}
 	host.wantPublish("null", 4)
 	p.wantPart(`"id":"a","seq":4`)
+	p.wantEnd()
+}
+
+// A client that leaves before the host has answered a subscribe does not stay for as
+// long as an answer may take: programs that do so could use up all the places.
+func TestSocketHalfCloseBehindSubscribe(t *testing.T) {
+	_, path, _ := withHost(t) // which does not answer
+	p := connect(t, path)
+	p.say(`{"type":"subscribe","topic":"a"}`, `{"type":"heartbeat"}`)
+	if err := p.conn.CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	p.want(`{"type":"ack","ack":"subscribe","status":"ok","topic":"a","subscription":"a"}`) // and not that it is queued
+	p.wantPart(`"ack":"heartbeat"`)
 	p.wantEnd()
 }
 

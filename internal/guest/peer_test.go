@@ -65,7 +65,7 @@ func (p *evenly) Reset()              { p.resets++ }
 
 // peer is the host's end of a session.
 type peer struct {
-	t    *testing.T
+	t    testing.TB
 	conn net.Conn
 	r    *bufio.Reader
 	dec  wire.Decoder
@@ -73,7 +73,7 @@ type peer struct {
 }
 
 // accept takes the next attempt and grants it a session.
-func (n *network) accept(t *testing.T) *peer {
+func (n *network) accept(t testing.TB) *peer {
 	t.Helper()
 	p := n.greet(t)
 	p.write("ok session=sess-1\n")
@@ -81,7 +81,7 @@ func (n *network) accept(t *testing.T) *peer {
 }
 
 // greet takes the next attempt up to its hello.
-func (n *network) greet(t *testing.T) *peer {
+func (n *network) greet(t testing.TB) *peer {
 	t.Helper()
 	conn := <-n.dials
 	p := &peer{t: t, conn: conn, r: bufio.NewReader(conn)}
@@ -200,7 +200,7 @@ type fixture struct {
 	stop func() // ends the agent and waits
 }
 
-func runAgent(t *testing.T, change func(*Options)) *fixture {
+func runAgent(t testing.TB, change func(*Options)) *fixture {
 	t.Helper()
 	f := &fixture{net: newNetwork(), pace: &evenly{pause: time.Second}, logs: &logs{}}
 	opts := Options{Name: "web1", Address: "host:7070", Version: "test", SpoolSize: 1 << 20, Log: f.logs.entry()}
@@ -219,7 +219,7 @@ func runAgent(t *testing.T, change func(*Options)) *fixture {
 	return f
 }
 
-func (f *fixture) start(t *testing.T) {
+func (f *fixture) start(t testing.TB) {
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
 	go func() {

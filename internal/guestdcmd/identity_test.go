@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/castrabus/castra/internal/config"
+	"github.com/castrabus/castra/internal/wire"
 )
 
 func TestResolve(t *testing.T) {
@@ -94,4 +95,33 @@ func TestResolveMissingKeyFile(t *testing.T) {
 	if _, err := (environment{}).resolve(cfg); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("got %v", err)
 	}
+}
+
+// FuzzCredentials reads whatever bytes as what the host hands over.
+func FuzzCredentials(f *testing.F) {
+	encoded := base64.StdEncoding.EncodeToString(bytes.Repeat([]byte{'k'}, keySize))
+	for _, c := range [][3]string{
+		{"web1", "10.0.2.2:7070", encoded}, {"host\n", "h:", keyLine + encoded + "\n"}, {"../x", "[::1]:1", keyLine}, {"", "", ""}, {"\xff", ":1", strings.Repeat("k", keySize)},
+	} {
+		f.Add([]byte(c[0]), []byte(c[1]), []byte(c[2]))
+	}
+	dir := f.TempDir()
+	e := environment{credentials: dir, hostname: func() (string, error) { return "h", nil }}
+	f.Fuzz(func(t *testing.T, vm, broker, key []byte) {
+		for name, data := range map[string][]byte{credentialVM: vm, credentialBroker: broker, credentialKey: key} {
+			if err := os.WriteFile(filepath.Join(dir, name), data, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		id, err := e.resolve(config.DefaultGuest())
+		if err != nil {
+			if id.key != nil || len(key) > 8 && !bytes.Contains(vm, key) && !bytes.Contains(broker, key) && strings.Contains(err.Error(), string(key)) {
+				t.Errorf("%q, %q, %q: %+v beside %v", vm, broker, key, id, err)
+			}
+			return
+		}
+		if !wire.ValidName(id.name) || wire.Reserved(id.name) || id.key != nil && len(id.key) != keySize || (id.key == nil) != (len(key) == 0) || !strings.Contains(id.address, ":") {
+			t.Errorf("%q, %q, %q is %+v", vm, broker, key, id)
+		}
+	})
 }

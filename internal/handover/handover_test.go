@@ -172,3 +172,56 @@ func TestPackFails(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// FuzzUnpack unpacks whatever is queued in place of a hand-over: messages, a line each,
+// of which each has as many descriptors as its first byte says. It is taken whole or
+// not at all, and nothing is left open.
+func FuzzUnpack(f *testing.F) {
+	for _, messages := range []string{"1" + greeting + "\n21", "1" + greeting, "0" + greeting, "2" + greeting + "\n11", "", "1castra-handover 2\n11", "1" + greeting + "\n1-1\n0", "9x"} {
+		f.Add([]byte(messages))
+	}
+	stream, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		f.Fatal(err)
+	}
+	open := func() int {
+		entries, err := os.ReadDir("/proc/self/fd")
+		if err != nil {
+			f.Fatal(err)
+		}
+		return len(entries)
+	}
+	f.Fuzz(func(t *testing.T, data []byte) {
+		before := open()
+		pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for line := range bytes.SplitSeq(data, []byte("\n")) {
+			if len(line) < 1 {
+				continue
+			}
+			var fds []int
+			for range int(line[0]) % 10 {
+				fds = append(fds, stream[0])
+			}
+			if err := send(pair[0], string(line[1:]), fds); err != nil {
+				break // the queue is full
+			}
+		}
+		_ = unix.Close(pair[0])
+		state, conns, err := Unpack(os.NewFile(uintptr(pair[1]), "kept"))
+		if err != nil && (state != nil || conns != nil) || err == nil && state == nil {
+			t.Errorf("%v and %d connections beside %v", state, len(conns), err)
+		}
+		for _, c := range conns {
+			_ = c.Close()
+		}
+		if state != nil {
+			_ = state.Close()
+		}
+		if now := open(); now > before {
+			t.Errorf("%d descriptors are left of %q", now-before, data)
+		}
+	})
+}

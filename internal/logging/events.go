@@ -55,6 +55,7 @@ const (
 	StateSetAside         Event = "d590827523fc4410aa4cd0faf87f23e7" // what stood where castrad keeps a file was renamed
 	LimitReached          Event = "7d9c7dd5f5b04763bc422850f6b21327" // a limit was reached
 	RefusalsWithheld      Event = "c6be0166432a462385e451a389ef45ae" // more refusals than are logged one by one
+	StrangersForgotten    Event = "dc8443c57fe305efc6ed255fa295909e" // files of names that nobody registered were removed
 	CursorsUnreadable     Event = "aa0c3cf9e3a24632baeb6f5205c82371" // a VM's file of cursors cannot be read
 	CursorsStored         Event = "9adb6dfc856741078e2a22362678bc6b" // cursors are stored again
 	SpoolInMemory         Event = "d894d27928234b5babac117c27d717b5" // the spool on disk is not to be had

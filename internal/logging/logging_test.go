@@ -11,6 +11,7 @@ import (
 	"syscall"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	"github.com/coreos/go-systemd/v22/journal"
 	"github.com/sirupsen/logrus"
@@ -175,4 +176,28 @@ func TestNew(t *testing.T) {
 	if log := New(logrus.InfoLevel); log.Out == os.Stderr || len(log.Hooks) != len(logrus.AllLevels) {
 		t.Errorf("%+v", log)
 	}
+}
+
+// FuzzLine logs whatever a guest may have said: it stays one line, and commands no
+// terminal.
+func FuzzLine(f *testing.F) {
+	for _, said := range []string{"a", "x\ny", "\x1b[31m", "\u202e\u2028", "\xff\u009b", `a="b" c=d`, ""} {
+		f.Add(said, said)
+	}
+	f.Fuzz(func(t *testing.T, said, field string) {
+		e := entry(logrus.Fields{"vm": said, "reason": field, logrus.ErrorKey: errors.New(said), field: said})
+		e.Message = said
+		line, err := textFormatter{}.Format(e)
+		if err != nil || bytes.IndexByte(line, '\n') != len(line)-1 {
+			t.Fatalf("%q, %v", line, err)
+		}
+		for _, shown := range []string{string(line[:len(line)-1]), message(e)} {
+			if i := strings.IndexFunc(shown, unprintable); i >= 0 || !utf8.ValidString(shown) {
+				t.Errorf("%q shows %q", said, shown)
+			}
+		}
+		if name := journalField(field); len(name) > maxField || strings.Trim(name, "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_") != "" {
+			t.Errorf("the field %q is called %q", field, name)
+		}
+	})
 }

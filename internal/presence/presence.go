@@ -96,6 +96,8 @@ type Table struct {
 	changes []Change
 	touched map[string]struct{} // VMs whose record a person would watch has changed
 	refused refusals
+	// forgotten are the names that had to make room; see TakeForgotten.
+	forgotten []string
 }
 
 // New makes an empty table.
@@ -157,7 +159,18 @@ func (t *Table) makeRoom() bool {
 	}
 	t.set(oldest, false, ReasonExpired)
 	t.drop(oldest)
+	t.forgotten = append(t.forgotten, oldest.name)
 	return true
+}
+
+// TakeForgotten gives the names that were forgotten since the last call because there
+// were too many that nobody registered. Whoever adds a name calls it, so there are few.
+func (t *Table) TakeForgotten() []string {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	names := t.forgotten
+	t.forgotten = nil
+	return names
 }
 
 // drop removes an entry. Call with the lock held.

@@ -84,6 +84,13 @@ func (t *Table) Counts() (sessions, reachable int) {
 	return t.live, reachable
 }
 
+// Strangers tells how many VMs are known that nobody registered.
+func (t *Table) Strangers() int {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.strange
+}
+
 // Reachable lists the names of the VMs that are, sorted.
 func (t *Table) Reachable() []string {
 	t.mu.Lock()

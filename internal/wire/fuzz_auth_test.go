@@ -2,6 +2,7 @@ package wire
 
 import (
 	"encoding/hex"
+	"regexp"
 	"strings"
 	"testing"
 )
@@ -26,6 +27,33 @@ func FuzzParseAuth(f *testing.F) {
 		}
 		if raw, err := hex.DecodeString(mac); err != nil || len(raw) != 32 || !strings.HasSuffix(strings.TrimRight(string(line), " "), mac) || len(line) >= MaxLine {
 			t.Errorf("%q gives %q", line, mac)
+		}
+	})
+}
+
+// FuzzNames judges whatever text as a name: what is one is safe as a file's name and
+// on a terminal, and the host's own is no VM's in any spelling.
+func FuzzNames(f *testing.F) {
+	for _, name := range []string{"web1", "host", "HOST", "ho\u017ft", "..", "a/b", "-a", "a\x00", "vm:a", strings.Repeat("a", 129), "\xff", ""} {
+		f.Add(name)
+	}
+	lawfulName := regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]*$`)
+	f.Fuzz(func(t *testing.T, name string) {
+		want := lawfulName.MatchString(name) && !strings.HasSuffix(name, "\n")
+		if got := ValidName(name); got != (want && len(name) <= MaxName) {
+			t.Errorf("ValidName(%q) = %v", name, got)
+		}
+		if got := ValidSubName(name); got != (want && len(name) <= MaxSubName) || got != ValidSubName([]byte(name)) {
+			t.Errorf("ValidSubName(%q) = %v", name, got)
+		}
+		if got := Reserved(name); got != (strings.ToLower(name) == ReservedName && ValidName(name)) {
+			t.Errorf("Reserved(%q) = %v", name, got)
+		}
+		if owner, owned := TopicVM(name); owner != "" && (!owned || !ValidName(owner) || !strings.HasPrefix(name, vmPrefix+owner)) {
+			t.Errorf("%q belongs to %q, %v", name, owner, owned)
+		}
+		if ValidTopic(name) != ValidTopic([]byte(name)) {
+			t.Errorf("%q is a topic and is none", name)
 		}
 	})
 }

@@ -1,0 +1,212 @@
+package broker
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/castrabus/castra/internal/bus"
+	"github.com/castrabus/castra/internal/eventlog"
+)
+
+// filesOf lists what is on disk of VMs, by name.
+func filesOf(t *testing.T, o Options) map[string][]string {
+	t.Helper()
+	all := make(map[string][]string)
+	for dir, suffix := range map[string]string{
+		o.LogDir + "/bus/vm": "", o.StateDir + "/ids": ".ids", o.StateDir + "/cursors": ".json", o.StateDir + "/handshakes": ".json",
+	} {
+		entries, err := os.ReadDir(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, e := range entries {
+			if vm, ok := strings.CutSuffix(e.Name(), suffix); ok && !strings.HasPrefix(vm, ".") {
+				all[vm] = append(all[vm], filepath.Base(dir))
+			}
+		}
+	}
+	return all
+}
+
+// leave has a guest leave everything behind that one can.
+func (r *running) leave(vm string) {
+	r.t.Helper()
+	g := connect(r.t, r.addr, vm)
+	g.send(`{"type":"publish","topic":"t","id":"i","payload":1}`, `{"type":"subscribe","topic":"t","cursor":"c"}`)
+	g.expect(`{"ack":"publish","status":"ok"}`, `{"ack":"subscribe","status":"ok"}`)
+	_ = g.conn.Close()
+	eventually(r.t, vm+" has left", func() bool { return r.table.SessionOf(vm) == nil })
+}
+
+// written waits until everything that is to be on disk is.
+func (r *running) written(o Options, names ...string) {
+	r.t.Helper()
+	eventually(r.t, fmt.Sprint("the files of ", names), func() bool {
+		files := filesOf(r.t.(*testing.T), o)
+		for _, vm := range names {
+			if len(files[vm]) < 4 {
+				return false
+			}
+		}
+		return true
+	})
+}
+
+// Names that nobody registered leave no more behind than as many as may be
+// remembered, also over restarts; those with a session, those remembered and those
+// registered keep what they have.
+func TestStrangersAreForgotten(t *testing.T) {
+	dir := t.TempDir()
+	options := func() Options {
+		o := testOptions(t, dir)
+		o.MaxVMs = 3
+		return o
+	}
+	o := options()
+	b := start(t, o)
+	if _, _, err := b.AddVM(t.Context(), bus.AddVMRequest{Name: "registered", NoKey: true}); err != nil {
+		t.Fatal(err)
+	}
+	b.leave("registered")
+	for i := range 6 {
+		b.leave(fmt.Sprint("stranger", i))
+	}
+	live := connect(t, b.addr, "live")
+	live.send(`{"type":"publish","topic":"t","payload":1}`)
+	live.expect(`{"ack":"publish","status":"ok"}`)
+	b.written(o, "registered", "stranger5")
+	if n := b.Status(nil).Broker.Limited["max_vms"]; n != 4 {
+		t.Errorf("status counts %d names that had to make room, not 4", n)
+	}
+	eventually(t, "bus-events.jsonl tells of them", func() bool {
+		data, _ := os.ReadFile(filepath.Join(o.StateDir, "handshakes", "bus-events.jsonl"))
+		return strings.Contains(string(data), `"vm":"stranger0","session":"","reason":"queue_full","action":"reject","detail":"max_vms: `)
+	})
+	if err := b.forgetStrangers(t.Context(), time.Now()); err != nil {
+		t.Fatal(err)
+	}
+	want := []string{"live", "registered", "stranger4", "stranger5"}
+	if got := vmsOf(t, o); !slices.Equal(got, want) {
+		t.Errorf("what is left is %v, want %v", got, want)
+	}
+	// A retry of a name that is still there is stored once.
+	for _, vm := range []string{"stranger5", "registered"} {
+		head := b.events.Committed()
+		b.leave(vm)
+		if b.published(t, vm, head) {
+			t.Errorf("what %s says again is stored again", vm)
+		}
+	}
+	// Fewer may be remembered now than have a session: those keep what they have.
+	few := o.Settings
+	few.MaxVMs = 1
+	if _, err := b.Configure(few); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.forgetStrangers(t.Context(), time.Now()); err != nil {
+		t.Fatal(err)
+	}
+	if got := filesOf(t, o)["live"]; !slices.Contains(got, "vm") {
+		t.Errorf("what is left of who has a session is %v", got)
+	}
+	for i := range 3 {
+		b.leave(fmt.Sprint("later", i))
+	}
+	if err := b.Close(); err != nil {
+		t.Fatal(err)
+	}
+	// The next castrad remembers no stranger. What is not too old stays.
+	o = options()
+	o.RetentionAge = time.Hour
+	b = start(t, o)
+	if err := b.forgetStrangers(t.Context(), time.Now()); err != nil {
+		t.Fatal(err)
+	}
+	if got := vmsOf(t, o); len(got) < 3 || len(got) > 4 || !slices.Contains(got, "registered") {
+		t.Errorf("a restart leaves %v", got)
+	}
+	if err := b.forgetStrangers(t.Context(), time.Now().Add(2*time.Hour)); err != nil {
+		t.Fatal(err)
+	}
+	if got := vmsOf(t, o); !slices.Equal(got, []string{"registered"}) {
+		t.Errorf("when all is old, what is left is %v", got)
+	}
+}
+
+// vmsOf gives the names that anything on disk is of.
+func vmsOf(t *testing.T, o Options) []string {
+	var names []string
+	for vm, dirs := range filesOf(t, o) {
+		if !slices.Equal(dirs, []string{"handshakes"}) || vm == "live" { // the files about handshakes are removed a little later
+			names = append(names, vm)
+		}
+	}
+	slices.Sort(names)
+	return names
+}
+
+// published tells whether vm has a record behind head.
+func (r *running) published(t *testing.T, vm string, head uint64) bool {
+	reader := r.events.NewReader(head + 1)
+	defer reader.Close()
+	for {
+		var rec eventlog.Record
+		ok, err := reader.Next(&rec)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !ok || string(rec.VM) == vm {
+			return ok
+		}
+	}
+}
+
+// All strangers together have what the host stream has.
+func TestStrangersShare(t *testing.T) {
+	o := testOptions(t, t.TempDir())
+	o.HostRetention, o.VMRetention = 2<<20, 1<<20
+	b := start(t, o)
+	if _, _, err := b.AddVM(t.Context(), bus.AddVMRequest{Name: "registered", NoKey: true}); err != nil {
+		t.Fatal(err)
+	}
+	if b.share("registered") != 0 || b.share("first") != 2<<20 {
+		t.Errorf("the shares are %d and %d", b.share("registered"), b.share("first"))
+	}
+	var guests []*guest
+	for i := range 4 {
+		guests = append(guests, connect(t, b.addr, fmt.Sprint("stranger", i)))
+	}
+	if n := b.share("stranger0"); n != 512<<10 {
+		t.Errorf("a fourth is %d", n)
+	}
+	large := `{"type":"publish","topic":"t","payload":"` + strings.Repeat("x", 50_000) + `"}`
+	for range 40 {
+		for _, g := range guests {
+			g.send(large)
+			g.expect(`{"ack":"publish","status":"ok"}`)
+		}
+	}
+	eventually(t, "they keep within it", func() bool {
+		total := int64(0)
+		err := filepath.WalkDir(o.LogDir+"/bus/vm", func(_ string, e fs.DirEntry, err error) error {
+			if err == nil && !e.IsDir() {
+				info, ierr := e.Info()
+				if err = ierr; err == nil {
+					total += info.Size()
+				}
+			}
+			if errors.Is(err, fs.ErrNotExist) {
+				err = nil
+			}
+			return err
+		})
+		return err == nil && total > 1<<20 && total < 2<<20+4*64<<10
+	})
+}

@@ -130,13 +130,13 @@ func (f *Factory) addVM(ctx context.Context, o *addOptions, name string) (handov
 	case !created: // somebody else was faster, and --if-missing is content with that
 		return existing(&bus.VM{VM: name, Keyed: !o.noKey}, o.keyOut), nil
 	case file == nil:
-		f.note("%s is registered, without a key; start it with (libvirt: vm add --help):", name)
+		f.note("%s is registered, without a key, and let in when it comes; start QEMU with this (libvirt: vm add --help), then: castractl wait %s", name, name)
 	default:
 		if err := file.write(key); err != nil {
 			return h, f.undoAdd(ctx, client, name, err)
 		}
 		h.KeyFile = file.path
-		f.note("%s is registered, its key is in %s; start it with (libvirt: vm add --help):", name, file.path)
+		f.note("%s is registered, its key is in %s; start QEMU with this (libvirt: vm add --help), then: castractl wait %s", name, file.path, name)
 	}
 	h.Created = true
 	return h, nil

@@ -73,7 +73,7 @@ func (f *Factory) printHandover(ctx context.Context, handed []handover, asJSON b
 	}
 	// A reader that has gone undoes nothing of what was done.
 	if _, err := fmt.Fprint(f.IO.Out, lines.String()); err != nil && !isBrokenPipe(err) {
-		return err
+		return fmt.Errorf("QEMU's arguments for %s, which castractl vm args prints again, could not be shown: %w", handed[0].VM, err)
 	}
 	return nil
 }

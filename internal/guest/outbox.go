@@ -329,10 +329,10 @@ func (o *outbox) abandon() (lost int) {
 
 // counts are what status shows of an outbox.
 type counts struct {
-	records            int
-	bytes              int64
-	durable            bool
-	trouble            string // of the disk; empty: none, or there is no disk
+	records                  int
+	bytes                    int64
+	durable                  bool
+	trouble                  string // of the disk; empty: none, or there is no disk
 	published, limited       uint64
 	lastPublish, lastLimited time.Time
 }

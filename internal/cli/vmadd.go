@@ -111,7 +111,7 @@ func (f *Factory) addVM(ctx context.Context, o *addOptions, name string) (handov
 	var file *keyFile
 	if !o.noKey {
 		if file, err = createKeyFile(name, o.keyOut); err != nil {
-			return h, err
+			return h, f.whyNoKey(ctx, name, err)
 		}
 		defer file.discard()
 	}
@@ -140,6 +140,19 @@ func (f *Factory) addVM(ctx context.Context, o *addOptions, name string) (handov
 	}
 	h.Created = true
 	return h, nil
+}
+
+// whyNoKey says of a VM whose key's file cannot be made, as a rule because it is there,
+// that it is registered, where that is so.
+func (f *Factory) whyNoKey(ctx context.Context, name string, err error) error {
+	st, serr := f.status(ctx, MayStart, []string{name})
+	if serr != nil {
+		return err
+	}
+	if vm := findVM(&st, name); vm == nil || !vm.Registered {
+		return err
+	}
+	return fmt.Errorf("adding %s: it is registered already; for its arguments: castractl vm args %s", name, name)
 }
 
 // undoAdd takes back a registration whose key nobody has.

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -50,8 +51,8 @@ func (l *lab) bootVMBy(runner []string, name, kernel, broker string, handover ..
 	if out, err := exec.Command("cp", "--sparse=always", l.path("disk"), l.path(name+".disk")).CombinedOutput(); err != nil {
 		l.Fatalf("copying the disk: %v: %s", err, out)
 	}
-	argv := append(runner, qemu, kernel, name+".disk", name+".console", broker)
-	cmd := l.start(name, nil, append(argv, handover...)...)
+	argv := slices.Concat(runner, []string{qemu, kernel, name + ".disk", name + ".console", broker}, handover)
+	cmd := l.start(name, nil, argv...)
 	return l.dialConsole(l.path(name + ".console")), cmd
 }
 

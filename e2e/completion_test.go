@@ -28,10 +28,11 @@ func TestCompletion(t *testing.T) {
 		name, _, _ := strings.Cut(shell, " ")
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			sh := l.terminal(t, shell)
+			_, env := l.shell(l.hostBus, "")
+			sh := l.terminal(t, shell, env...)
 			sh.line(setUp + "; echo READ''Y")
 			sh.see("READY")
-			for typed, want := range map[string]string{
+			sh.completes(map[string]string{
 				"castractl status on":                     "only-one",
 				"castractl wait --timeout 5s on":          "only-one",
 				"castractl bus tail --vm on":              "only-one",
@@ -41,13 +42,54 @@ func TestCompletion(t *testing.T) {
 				"castractl explain --js":                  "--json",
 				"castractl wait on --for unr":             "unreachable",
 				"castractl bus request --vm only-one --o": "--output",
-			} {
-				sh.forget()
-				sh.write(typed + "\t")
-				sh.see(want)
-				sh.write("\x15") // Ctrl-U: the line is not to be run
-			}
+			})
 		})
+	}
+}
+
+// completion presses it on a host on which castractl is installed: each shell finds
+// what the package brought by itself. web1 is there, and listens to jobs.nightly.
+func completion(t *testing.T, h *host) {
+	// The host has no network to fetch shells from, and its Debian is this machine's.
+	const copyShells = `dpkg-query --listfiles bash-completion zsh zsh-common fish fish-common libpcre2-32-0 |
+		while read -r f; do if [ -f "$f" ]; then echo "$f"; fi; done | grep -v -e /doc/ -e /man/ |
+		tar --create --dereference --files-from=- 2>/dev/null | tar --extract --skip-old-files --directory="$0"`
+	if out, err := command(sudo("sh", "-c", copyShells, h.tree)...).CombinedOutput(); err != nil {
+		t.Fatalf("copying shells: %v: %s", err, out)
+	}
+	for shell, setUp := range map[string]string{
+		"bash --login -i": "true",
+		"zsh -i":          "autoload -Uz compinit && compinit -u -D",
+		"fish -i":         "true",
+	} {
+		name, _, _ := strings.Cut(shell, " ")
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			enter := sudo("nsenter", "--target", h.leader, "--all", "--wdns=/root", "env", "--ignore-environment",
+				"HOME=/root/"+name, "TERM=dumb", "PATH=/usr/local/bin:/usr/bin:/bin")
+			h.run("mkdir", "-p", "/root/"+name)
+			h.run("touch", "/root/"+name+"/.zshrc") // or zsh asks its newcomer's questions
+			sh := h.terminal(t, strings.Join(enter, " ")+" "+shell)
+			sh.line(setUp + "; echo READ''Y")
+			sh.see("READY")
+			sh.completes(map[string]string{
+				"castractl status w":                    "web1",
+				"castractl bus tail --topic castra.pr":  "castra.presence",
+				"castractl bus publish --topic jobs.ni": "jobs.nightly",
+				"castractl bus tail -o json-p":          "json-pretty",
+			})
+		})
+	}
+}
+
+// completes wants what is not typed to complete what is.
+func (term *terminal) completes(all map[string]string) {
+	term.t.Helper()
+	for typed, want := range all {
+		term.forget()
+		term.write(typed + "\t")
+		term.see(want)
+		term.write("\x15") // Ctrl-U: the line is not to be run
 	}
 }
 
@@ -60,10 +102,9 @@ type terminal struct {
 	seen []byte
 }
 
-func (l *lab) terminal(t *testing.T, shell string) *terminal {
+func (l *lab) terminal(t *testing.T, shell string, env ...string) *terminal {
 	t.Helper()
 	cmd := exec.CommandContext(t.Context(), "script", "--quiet", "--command", shell, "/dev/null")
-	_, env := l.shell(l.hostBus, "")
 	cmd.Env = append(append(os.Environ(), env...), "TERM=dumb", "HOME="+l.dir, "COLUMNS=200")
 	in, err := cmd.StdinPipe()
 	if err != nil {

@@ -179,7 +179,8 @@ func TestInstall(t *testing.T) {
 		}
 	}
 
-	apt("install ./castrad_*.deb ./castractl_*.deb")
+	told := transcript(t, "../README.md")
+	told.run(h, "apt install")
 	wantState("castrad.socket", "active")
 	wantState("castrad.service", "inactive")
 	h.want(h.run("systemctl", "is-enabled", "castrad.socket"), "enabled")
@@ -188,10 +189,13 @@ func TestInstall(t *testing.T) {
 	}
 	h.want(h.run("castractl", "status"), "idle")
 	wantState("castrad.service", "inactive") // asking did not start it
+	newcomer(h, told)
+	h.run("systemctl", "stop", "castrad.service")
+	wantState("castrad.socket", "active")
 
 	// The first guest does, admitted by a file. The name on the message bus is castrad's.
 	h.run("sh", "-c", `echo 'no_key = true' >/etc/castra/vms.d/web1.toml
-		printf '[broker]\naddress = "127.0.0.1:7070"\n[identity]\nvm = "web1"\n[bus]\nsocket = "/run/guest.sock"\n' >/run/guest.toml
+		printf '[broker]\naddress = "127.0.0.1:7070"\n[identity]\nvm = "web1"\n[bus]\nsocket = "/run/guest.sock"\nsubscribe = ["jobs.nightly"]\n' >/run/guest.toml
 		systemd-run --quiet --unit=guest --setenv=DBUS_SYSTEM_BUS_ADDRESS=unix:path=/none /root/castra-guestd --config /run/guest.toml`)
 	h.until("the first guest's connection has started castrad", func() error {
 		if got := state("castrad.service"); got != "active" {
@@ -209,6 +213,7 @@ func TestInstall(t *testing.T) {
 	explained := h.run("journalctl", "--catalog", "--no-pager", "--unit=castrad", "CASTRA_VM=web1")
 	h.want(explained, "web1: guest connected", "web1 is connected", "castractl status web1", "Defined-By: Castra Bus")
 
+	t.Run("completion", func(t *testing.T) { completion(t, h) })
 	t.Run("dbus clients", func(t *testing.T) { busClients(h) })
 	t.Run("sockets", func(t *testing.T) { pageSockets(h) })
 

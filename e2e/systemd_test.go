@@ -253,6 +253,11 @@ func TestSystemd(t *testing.T) {
 		}
 		h.want(out, "castrad is starting")
 	}
+	const looks = 20
+	for _, command := range []string{"status", "status web1", "vm list", "ports"} {
+		took := h.run("bash", "-c", fmt.Sprintf("TIMEFORMAT=%%R; time for i in {1..%d}; do castractl %s 2>/dev/null || true; done", looks, command))
+		t.Logf("while castrad starts, %d times castractl %s take %s s", looks, command, strings.TrimSpace(took))
+	}
 	h.run("sh", "-c", `rm /run/systemd/system/castrad.service.d/slow.conf
 		systemctl daemon-reload && systemctl stop castrad && systemctl start castrad`)
 	h.run("castractl", "wait", "web1", "--timeout", "60s")

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -35,6 +36,14 @@ func (l *lab) vmDisk(t *testing.T) (kernel string) {
 // lab's port.
 func (l *lab) bootVM(name, kernel string, handover ...string) *console {
 	l.Helper()
+	vm, _ := l.bootVMBy(nil, name, kernel, fmt.Sprintf("10.0.2.2:%d", l.port), handover...)
+	return vm
+}
+
+// bootVMBy is bootVM by a command that runs QEMU; castra-guestd looks for castrad at
+// broker.
+func (l *lab) bootVMBy(runner []string, name, kernel, broker string, handover ...string) (*console, *exec.Cmd) {
+	l.Helper()
 	qemu, err := filepath.Abs("../scripts/vm-qemu")
 	if err != nil {
 		l.Fatal(err)
@@ -42,10 +51,9 @@ func (l *lab) bootVM(name, kernel string, handover ...string) *console {
 	if out, err := exec.Command("cp", "--sparse=always", l.path("disk"), l.path(name+".disk")).CombinedOutput(); err != nil {
 		l.Fatalf("copying the disk: %v: %s", err, out)
 	}
-	l.start(name, nil, append([]string{
-		qemu, kernel, name + ".disk", name + ".console", fmt.Sprintf("10.0.2.2:%d", l.port),
-	}, handover...)...)
-	return l.dialConsole(l.path(name + ".console"))
+	argv := slices.Concat(runner, []string{qemu, kernel, name + ".disk", name + ".console", broker}, handover)
+	cmd := l.start(name, nil, argv...)
+	return l.dialConsole(l.path(name + ".console")), cmd
 }
 
 // TestVMAlone boots a VM that has no castrad to talk to: nothing of its boot waits for

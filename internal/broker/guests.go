@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/sirupsen/logrus"
@@ -241,7 +242,7 @@ func (b *Broker) noteRefused(r session.Refusal) {
 	if r.VM == "" || r.Reason == wire.ReasonMissingCapability {
 		return
 	}
-	b.table.Refuse(r.VM, r.Reason)
+	b.table.Refuse(r.VM, r.Reason, slices.Contains(r.Capabilities, wire.CapAuth))
 	if b.shares.take(noteLog, r.VM, known, r.Remote, r.Reason) {
 		logging.GuestRefused.On(b.log).WithFields(logrus.Fields{"vm": r.VM, "reason": r.Reason, "remote": r.Remote}).
 			Warn("guest refused; castractl status shows how to let it in")

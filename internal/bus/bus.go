@@ -159,6 +159,7 @@ type VM struct {
 type Refused struct {
 	VM     string `json:"vm"` // the name it gave, or its address if none
 	Reason string `json:"reason"`
+	HasKey bool   `json:"has_key"` // it offered to prove a key of its own
 	AgeMS  int64  `json:"age_ms"`
 }
 

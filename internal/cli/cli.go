@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/signal"
 	"strings"
@@ -34,18 +35,36 @@ func Run(ctx context.Context, f *Factory, args []string) int {
 	root := newRootCmd(f)
 	root.SetArgs(args)
 	root.SetIn(f.IO.In)
-	root.SetOut(f.IO.Out)
+	help := &sticky{Writer: f.IO.Out} // cobra does not look whether its help arrives
+	root.SetOut(help)
 	root.SetErr(f.IO.Err)
 	parsed := false
 	root.PersistentPreRun = func(*cobra.Command, []string) { parsed = true }
 	cmd, err := root.ExecuteContextC(ctx)
 	f.Close()
-	if err != nil && !parsed {
+	if err == nil {
+		err = help.err
+	}
+	if err != nil && !parsed && help.err == nil {
 		// Cobra turned it down before any command ran: a word it does not know, too
 		// many of them, or a flag's value that does not parse.
 		err = usageError(cmd, "%w", err)
 	}
 	return f.report(err)
+}
+
+// sticky keeps the first error of a writer.
+type sticky struct {
+	io.Writer
+	err error
+}
+
+func (s *sticky) Write(p []byte) (int, error) {
+	n, err := s.Writer.Write(p)
+	if s.err == nil {
+		s.err = err
+	}
+	return n, err
 }
 
 func newRootCmd(f *Factory) *cobra.Command {

@@ -68,7 +68,9 @@ func explain(err error) (int, string) {
 		return explainRefusal(refusal, err)
 	}
 	if broken, ok := errors.AsType[*fs.PathError](err); ok && broken.Path == os.Stdout.Name() {
-		return ExitFailed, fmt.Sprintf("writing to standard output: %v; what it holds is incomplete", broken.Err)
+		// What was done before it could not be told stays in the text.
+		why := fmt.Sprintf("writing to standard output: %v; what it holds is incomplete", broken.Err)
+		return ExitFailed, strings.Replace(err.Error(), broken.Error(), why, 1)
 	}
 	if errors.Is(err, context.DeadlineExceeded) {
 		return ExitNoCastrad, "castrad did not answer in time; see what it is doing: castractl logs"

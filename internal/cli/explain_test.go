@@ -60,7 +60,32 @@ func TestExplainRungs(t *testing.T) {
 		},
 		{
 			"paused", func(_ *bus.Status, vm *bus.VM) { vm.Reachable, vm.Reason = false, "silent" },
-			nil, rungHeartbeats, "", ExitUnreachable, "connected, and nothing is heard (silent)",
+			nil, rungHeartbeats, "", ExitUnreachable, "heartbeats: they have stopped: the last came 0s ago; is the VM paused",
+		},
+		{
+			"never a heartbeat", func(_ *bus.Status, vm *bus.VM) {
+				vm.Reachable, vm.Reason, vm.LastHeartbeatAgeMS = false, "silent", nil
+			},
+			nil, rungHeartbeats, "", ExitUnreachable, "heartbeats: none has come; is the VM paused",
+		},
+		{
+			"silent for so long that its session has ended", func(_ *bus.Status, vm *bus.VM) {
+				vm.Reachable, vm.Reason, vm.Session = false, "silent", ""
+			},
+			nil, rungHeartbeats, rungSession, ExitUnreachable, "heartbeats: they have stopped: the last came 0s ago; is the VM paused",
+		},
+		{
+			"a key of its own, and the host has none", func(_ *bus.Status, vm *bus.VM) {
+				vm.Keyed, vm.Capabilities = false, []string{"bus-v1", "auth-hmac-v1"}
+				vm.Reachable, vm.Session = false, ""
+			},
+			nil, rungHandshake, "", ExitUnreachable, "castractl vm rekey web1",
+		},
+		{
+			"turned away with a key of its own", func(st *bus.Status, vm *bus.VM) {
+				*vm = bus.VM{VM: "other"}
+				st.Refused = []bus.Refused{{VM: "web1", Reason: "unknown-vm", HasKey: true}}
+			}, nil, rungRegistered, "", ExitNoSuchVM, "make it a new key, and start it with that: castractl vm add web1",
 		},
 		{
 			"listens to nothing", func(_ *bus.Status, vm *bus.VM) { vm.BusSubscribed, vm.Subscriptions = false, nil },
@@ -100,7 +125,7 @@ func TestExplainRungs(t *testing.T) {
 			"in a guest, refused", func(st *bus.Status, vm *bus.VM) {
 				st.Broker.Kind, st.Refused = kindGuest, []bus.Refused{{VM: "web1", Reason: "auth-required"}}
 				vm.Session, vm.Reachable, vm.LastHandshakeAgeMS = "", false, nil
-			}, nil, rungHandshake, "", ExitUnreachable, "on the host, hand over its key, or a new one: castractl vm rekey web1",
+			}, nil, rungHandshake, "", ExitUnreachable, "on the host, start it with its key, as this says: castractl vm args web1; or make it a new one: castractl vm rekey web1",
 		},
 		{
 			"in a guest, no host", func(st *bus.Status, vm *bus.VM) {

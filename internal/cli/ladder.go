@@ -39,6 +39,9 @@ const (
 // limitedLately is for how long after its last refusal a VM counts as limited.
 const limitedLately = time.Minute
 
+// presenceSilent is castrad's reason for a VM of which nothing was heard for too long.
+const presenceSilent = "silent"
+
 // rung is one question about a VM, and its answer.
 type rung struct {
 	Rung  string `json:"rung"`
@@ -83,7 +86,7 @@ func (l *ladder) rungs() []rung {
 	judge(rungConnected, true, l.connected)
 	judge(rungHandshake, true, l.handshake)
 	judge(rungSession, true, l.session)
-	judge(rungHeartbeats, false, l.heartbeats)
+	judge(rungHeartbeats, vm.Session == "", l.heartbeats) // without a session nothing listens or lags
 	judge(rungSubscribed, false, l.subscribed)
 	judge(rungLag, false, l.lag)
 	judge(rungLimits, false, l.limits)
@@ -108,11 +111,12 @@ func (l *ladder) registered(vm *bus.VM) rung {
 	case l.first.Broker.UnknownVMs != "reject":
 		return rung{State: rungOK, What: `not registered, and let in by unknown_vms = "accept"`}
 	}
-	what := "nobody has registered this name"
+	what, mend := "nobody has registered this name", "castractl vm add "+l.name
 	if refused != nil {
 		what += fmt.Sprintf("; a guest that bears it was turned away %s ago", spanMS(refused.AgeMS))
+		mend = remedy(&l.first, refused)
 	}
-	return rung{State: rungBroken, What: what, Mend: "castractl vm add " + l.name + l.strangers("is it one of these, by another name?")}
+	return rung{State: rungBroken, What: what, Mend: mend + l.strangers("is it one of these, by another name?")}
 }
 
 func (l *ladder) listener(*bus.VM) rung {
@@ -156,7 +160,7 @@ func (l *ladder) connected(vm *bus.VM) rung {
 	up := spanMS(l.first.Broker.UptimeMS)
 	switch {
 	case l.absence == dbusclient.Idle:
-		return rung{State: rungBroken, What: "nobody has connected since castrad's socket listens", Mend: l.begin()}
+		return rung{State: rungBroken, What: "nobody has connected since castrad's socket listens", Mend: l.begin("vm add --if-missing ")} // starts castrad, and so tells
 	case vm.LastHandshakeAgeMS != nil:
 		return rung{State: rungOK, What: fmt.Sprintf("%s ago", spanMS(*vm.LastHandshakeAgeMS))}
 	case refused != nil:
@@ -164,12 +168,13 @@ func (l *ladder) connected(vm *bus.VM) rung {
 	case l.guest():
 		return rung{State: rungBroken, What: "the host has not answered since castra-guestd started, " + up + " ago", Mend: "on the host: castractl status; is the address right? It is [broker] address in /etc/castra/guestd.toml"}
 	}
-	return rung{State: rungBroken, What: "not since castrad started, " + up + " ago", Mend: l.begin() + l.strangers("does it bear one of these names?")}
+	return rung{State: rungBroken, What: "not since castrad started, " + up + " ago", Mend: l.begin("vm args ") + l.strangers("does it bear one of these names?")}
 }
 
-// begin says how a guest comes to connect.
-func (l *ladder) begin() string {
-	return "start the VM with what this prints: castractl vm args " + l.name + "; in the guest: systemctl status castra-guestd"
+// begin says how a guest comes to connect; the command is one that prints QEMU's
+// arguments.
+func (l *ladder) begin(command string) string {
+	return "start the VM with what this prints: castractl " + command + l.name + "; in the guest: systemctl status castra-guestd"
 }
 
 // strangers lists the names that were turned away as nobody's, each only where it is
@@ -192,6 +197,11 @@ func (l *ladder) strangers(question string) string {
 func (l *ladder) handshake(vm *bus.VM) rung {
 	refused := refusalOf(&l.first, l.name)
 	switch {
+	case refused == nil && vm.Session == "" && !l.guest() && !vm.Keyed && slices.Contains(vm.Capabilities, wire.CapAuth):
+		return rung{
+			State: rungBroken, What: "let in, and gone: it has a key, castrad has none for it, and so cannot prove to it that it is the host",
+			Mend: "make it a key that both have, and start it with that: castractl vm rekey " + l.name,
+		}
 	case refused == nil:
 		return rung{State: rungOK, What: "not turned away"}
 	case vm.Session != "":
@@ -207,6 +217,8 @@ func (l *ladder) session(vm *bus.VM) rung {
 		return rung{State: rungOK, What: "from " + vm.RemoteAddr}
 	case vm.Session != "":
 		return rung{State: rungOK}
+	case vm.Reason == presenceSilent && !l.guest():
+		return rung{State: rungNote, What: "ended by castrad, since nothing was heard on it"} // which the next rung explains
 	case len(vm.Capabilities) > 0 && !slices.ContainsFunc(vm.Capabilities, isBusCapability):
 		return rung{State: rungBroken, What: "its guest is an old one, that says hello and no more: its messages reach nobody, and it hears none", Mend: "in the guest: install castra-guestd"}
 	case l.guest():
@@ -218,14 +230,21 @@ func (l *ladder) session(vm *bus.VM) rung {
 func isBusCapability(c string) bool { return strings.EqualFold(c, wire.CapBus) }
 
 func (l *ladder) heartbeats(vm *bus.VM) rung {
-	last := "none yet: the session is new"
-	if vm.LastHeartbeatAgeMS != nil {
-		last = "the last " + spanMS(*vm.LastHeartbeatAgeMS) + " ago"
+	last := vm.LastHeartbeatAgeMS
+	switch {
+	case vm.Reachable && last == nil:
+		return rung{State: rungOK, What: "none yet: the session is new"}
+	case vm.Reachable:
+		return rung{State: rungOK, What: "the last " + spanMS(*last) + " ago"}
 	}
-	if vm.Reachable {
-		return rung{State: rungOK, What: last}
+	what := "none has come"
+	if last != nil {
+		what = "they have stopped: the last came " + spanMS(*last) + " ago"
 	}
-	return rung{State: rungBroken, What: "connected, and nothing is heard (" + vm.Reason + "); heartbeats: " + last, Mend: "is the VM paused, or its network cut? In the guest: systemctl restart castra-guestd"}
+	return rung{
+		State: rungBroken, What: what,
+		Mend: "is the VM paused or stuck, or its network cut? Look at its console; if it runs, in the guest: systemctl restart castra-guestd",
+	}
 }
 
 func (l *ladder) subscribed(vm *bus.VM) rung {

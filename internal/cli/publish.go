@@ -157,7 +157,7 @@ func (f *Factory) publishOne(ctx context.Context, o *publishOptions, req bus.Pub
 	}
 	switch {
 	case seq == 0:
-		f.note("queued: castra-guestd keeps it until the host is back")
+		f.note("queued: castra-guestd keeps it until the host has it; see what is between: castractl status")
 		if o.wait {
 			return exitf(ExitUnreachable, "nobody can acknowledge the message while the host is away; it is kept and sent later")
 		}

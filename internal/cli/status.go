@@ -55,7 +55,11 @@ func (f *Factory) runStatus(ctx context.Context, names []string, asJSON bool) er
 	case asJSON:
 		err = f.printJSON(st)
 	case idle:
-		_, err = fmt.Fprintln(f.IO.Out, "castrad is idle: its socket listens, and the first guest to connect starts it")
+		text := "castrad is idle: its socket listens, and the first guest to connect starts it\n"
+		if len(names) == 0 && !f.Quiet {
+			text += "Register a VM: castractl vm add NAME\n"
+		}
+		_, err = io.WriteString(f.IO.Out, text)
 	default:
 		err = f.paged(func(w io.Writer) error { return f.writeStatus(w, &st, len(names) > 0) })
 	}
@@ -138,7 +142,11 @@ func (f *Factory) writeStatus(w io.Writer, st *bus.Status, named bool) error {
 			return err
 		}
 	} else if !named && st.Broker.Kind != kindGuest {
-		if _, err := fmt.Fprintln(w, "No VM is known yet; register one: castractl vm add NAME"); err != nil {
+		none := "No VM is known yet; register one: castractl vm add NAME"
+		if len(st.Refused) > 0 {
+			none = "No VM is known yet."
+		}
+		if _, err := fmt.Fprintln(w, none); err != nil {
 			return err
 		}
 	}
@@ -299,7 +307,9 @@ func (f *Factory) writeRefused(w io.Writer, st *bus.Status) error {
 	for _, r := range st.Refused {
 		fmt.Fprintf(&lines, "  %s  %s, %s ago\n", f.IO.paint(bold, escape(r.VM)), f.IO.paint(yellow, escape(r.Reason)), spanMS(r.AgeMS))
 		if !f.Quiet {
-			fmt.Fprintf(&lines, "      %s\n", remedy(st, &r))
+			for _, way := range remedies(st, &r) {
+				fmt.Fprintf(&lines, "      %s\n", way)
+			}
 		}
 	}
 	_, err := io.WriteString(w, lines.String())

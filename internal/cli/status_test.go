@@ -117,7 +117,8 @@ func TestStatusWithoutCastrad(t *testing.T) {
 	gone := func(absence dbusclient.Absence) *fakeClient {
 		return &fakeClient{absence: absence, status: func([]string) (bus.Status, error) { return bus.Status{}, dbusclient.ErrNotRunning }}
 	}
-	run(t, gone(dbusclient.Idle), []string{"status"}).want(t, ExitDone, "castrad is idle", "")
+	run(t, gone(dbusclient.Idle), []string{"status"}).want(t, ExitDone, "\nRegister a VM: castractl vm add NAME\n", "")
+	run(t, gone(dbusclient.Idle), []string{"status", "-q"}).want(t, ExitDone, "castrad is idle: its socket listens, and the first guest to connect starts it\n", "")
 	run(t, gone(dbusclient.Idle), []string{"status", "web1"}).want(t, ExitUnreachable, "castrad is idle", "not reachable: web1")
 	run(t, gone(dbusclient.Stopped), []string{"status"}).want(t, ExitNoCastrad, "", "daemon not running")
 	run(t, gone(dbusclient.Stopped), []string{"status", "--json"}).want(t, ExitNoCastrad, "", "daemon not running")
@@ -140,7 +141,8 @@ func TestStatusWithoutCastrad(t *testing.T) {
 
 func TestRemedies(t *testing.T) {
 	for _, c := range []struct{ vm, reason, want string }{
-		{"web9", "unknown-vm", "castractl vm add web9"},
+		{"web9", "unknown-vm", "let it in as it is: castractl vm add web9 --no-key; or make it a key, and start it with that: castractl vm add web9"},
+		{"web9", "host-unproven", "castractl vm rekey web9"},
 		{"web9", "auth-required", "castractl vm rekey web9"},
 		{"web9", "auth-failed", "castractl vm rekey web9"},
 		{"a b", "invalid-name", "valid name"},

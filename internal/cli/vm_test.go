@@ -97,8 +97,8 @@ func TestVMAdd(t *testing.T) {
 		t.Error("the key is printed")
 	}
 
-	// Again: the file is in the way before the registry is.
-	run(t, reg.client(), []string{"vm", "add", "web1"}).want(t, ExitFailed, "", "web1.castra-key is there already")
+	// Again: the file is in the way before the registry is, and that is not the point.
+	run(t, reg.client(), []string{"vm", "add", "web1"}).want(t, ExitFailed, "", "adding web1: it is registered already; for its arguments: castractl vm args web1")
 	r = run(t, reg.client(), []string{"vm", "add", "web1", "--key-out", "other"})
 	r.want(t, ExitFailed, "", "castractl vm args web1")
 	wantNoFile(t, "other")

@@ -112,7 +112,7 @@ func (f *Factory) addVM(ctx context.Context, o *addOptions, name string) (handov
 	var file *keyFile
 	if !o.noKey {
 		if file, err = createKeyFile(name, o.keyOut); err != nil {
-			return h, err
+			return h, f.whyNoKey(ctx, name, err)
 		}
 		defer file.discard()
 	}
@@ -131,16 +131,29 @@ func (f *Factory) addVM(ctx context.Context, o *addOptions, name string) (handov
 	case !created: // somebody else was faster, and --if-missing is content with that
 		return existing(&bus.VM{VM: name, Keyed: !o.noKey}, o.keyOut), nil
 	case file == nil:
-		f.note("%s is registered, without a key; start it with (libvirt: vm add --help):", name)
+		f.note("%s is registered, without a key, and let in when it comes; start QEMU with this (libvirt: vm add --help), then: castractl wait %s", name, name)
 	default:
 		if err := file.write(key); err != nil {
 			return h, f.undoAdd(ctx, client, name, err)
 		}
 		h.KeyFile = file.path
-		f.note("%s is registered, its key is in %s; start it with (libvirt: vm add --help):", name, file.path)
+		f.note("%s is registered, its key is in %s; start QEMU with this (libvirt: vm add --help), then: castractl wait %s", name, file.path, name)
 	}
 	h.Created = true
 	return h, nil
+}
+
+// whyNoKey says of a VM whose key's file cannot be made, as a rule because it is there,
+// that it is registered, where that is so.
+func (f *Factory) whyNoKey(ctx context.Context, name string, err error) error {
+	st, serr := f.status(ctx, MayStart, []string{name})
+	if serr != nil {
+		return err
+	}
+	if vm := findVM(&st, name); vm == nil || !vm.Registered {
+		return err
+	}
+	return fmt.Errorf("adding %s: it is registered already; for its arguments: castractl vm args %s", name, name)
 }
 
 // undoAdd takes back a registration whose key nobody has.

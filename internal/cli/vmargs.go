@@ -73,7 +73,7 @@ func (f *Factory) printHandover(ctx context.Context, handed []handover, asJSON b
 	}
 	// A reader that has gone undoes nothing of what was done.
 	if _, err := fmt.Fprint(f.IO.Out, lines.String()); err != nil && !isBrokenPipe(err) {
-		return err
+		return fmt.Errorf("QEMU's arguments for %s, which castractl vm args prints again, could not be shown: %w", handed[0].VM, err)
 	}
 	return nil
 }
@@ -169,7 +169,7 @@ func (f *Factory) rekeyVM(ctx context.Context, name, keyOut string) (handover, e
 	if err := file.write(key); err != nil {
 		return handover{}, fmt.Errorf("%s has a new key, but its copy is lost: %w; make another: castractl vm rekey %s --key-out FILE", name, err, name)
 	}
-	f.note("%s has a new key, in %s; start it with:", name, file.path)
+	f.note("%s has a new key, in %s; start QEMU with this (libvirt: vm add --help):", name, file.path)
 	return handover{VM: name, KeyFile: file.path}, nil
 }
 

@@ -275,7 +275,7 @@ func TestRefusedGuestSaysSoOnceAndHow(t *testing.T) {
 		for range 3 {
 			refuse("unknown-vm")
 		}
-		const advice = "on the host run: castractl vm add web1"
+		const advice = "on the host run: castractl vm add web1 --no-key; or give it a key, and start it with that: castractl vm add web1"
 		if got, want := f.Summary(), "refused: unknown-vm — "+advice; got != want {
 			t.Errorf("summary %q, want %q", got, want)
 		}

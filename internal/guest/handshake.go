@@ -41,6 +41,7 @@ func (id identity) list() []string { return strings.Split(id.capabilities(), ","
 type refusal struct {
 	reason string // one word of contract 2, or reasonUnproven
 	name   string
+	hasKey bool // this guest's own
 }
 
 func (r *refusal) Error() string { return "refused: " + r.reason }
@@ -54,7 +55,10 @@ func (r *refusal) advice() string {
 	const host = "on the host run: castractl "
 	switch r.reason {
 	case wire.ReasonUnknownVM:
-		return host + "vm add " + r.name
+		if r.hasKey { // another than the host will make
+			return "start this VM with the key that this makes: " + host + "vm add " + r.name
+		}
+		return host + "vm add " + r.name + " --no-key; or give it a key, and start it with that: castractl vm add " + r.name
 	case wire.ReasonAuthRequired:
 		return "start this VM with its key, or with a new one: " + host + "vm rekey " + r.name
 	case wire.ReasonAuthFailed:
@@ -130,7 +134,7 @@ func (h *handshake) run() (token string, err error) {
 		got, err := hex.DecodeString(reply.Proof)
 		want := wire.ServerProof(h.id.key, h.id.name, caps, nonce, challenge, reply.Token)
 		if challenge == "" || err != nil || !hmac.Equal(got, want) {
-			return "", &refusal{reason: reasonUnproven, name: h.id.name}
+			return "", &refusal{reason: reasonUnproven, name: h.id.name, hasKey: true}
 		}
 	}
 	if reply.Token == "" {
@@ -152,7 +156,7 @@ func (h *handshake) reply(what string) (wire.Reply, error) {
 	if reply.Refusal != "" {
 		// The first word alone: the rest is for people, of whatever length.
 		reason, _, _ := strings.Cut(reply.Refusal, " ")
-		return wire.Reply{}, &refusal{reason: wire.Clip([]byte(reason)), name: h.id.name}
+		return wire.Reply{}, &refusal{reason: wire.Clip([]byte(reason)), name: h.id.name, hasKey: h.id.key != nil}
 	}
 	return reply, nil
 }

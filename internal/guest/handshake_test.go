@@ -229,7 +229,7 @@ func TestHandshakeSilentHost(t *testing.T) {
 
 func TestRefusalAdvice(t *testing.T) {
 	for reason, want := range map[string]string{
-		wire.ReasonUnknownVM:        "on the host run: castractl vm add web1",
+		wire.ReasonUnknownVM:        "on the host run: castractl vm add web1 --no-key; or give it a key, and start it with that: castractl vm add web1",
 		wire.ReasonAuthRequired:     "castractl vm rekey web1",
 		wire.ReasonAuthFailed:       "castractl vm rekey web1",
 		reasonUnproven:              "castractl vm rekey web1",
@@ -241,5 +241,9 @@ func TestRefusalAdvice(t *testing.T) {
 		if got := (&refusal{reason: reason, name: "web1"}).advice(); !strings.Contains(got, want) {
 			t.Errorf("%s: %q lacks %q", reason, got, want)
 		}
+	}
+	// Without a key the host would not be believed.
+	if got := (&refusal{reason: wire.ReasonUnknownVM, name: "web1", hasKey: true}).advice(); strings.Contains(got, "--no-key") || !strings.Contains(got, "castractl vm add web1") {
+		t.Errorf("a guest with a key is told %q", got)
 	}
 }

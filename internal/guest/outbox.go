@@ -74,8 +74,8 @@ type outbox struct {
 	accepted  int // since the window last changed
 	notBefore time.Time
 
-	published, limited uint64
-	lastPublish        time.Time
+	published, limited       uint64
+	lastPublish, lastLimited time.Time
 }
 
 // newOutbox makes an outbox that keeps up to limit bytes, on disk unless that is
@@ -327,18 +327,18 @@ func (o *outbox) abandon() (lost int) {
 
 // counts are what status shows of an outbox.
 type counts struct {
-	records            int
-	bytes              int64
-	durable            bool
-	trouble            string // of the disk; empty: none, or there is no disk
-	published, limited uint64
-	lastPublish        time.Time
+	records                  int
+	bytes                    int64
+	durable                  bool
+	trouble                  string // of the disk; empty: none, or there is no disk
+	published, limited       uint64
+	lastPublish, lastLimited time.Time
 }
 
 func (o *outbox) counts() counts {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	c := counts{published: o.published, limited: o.limited, lastPublish: o.lastPublish, durable: o.disk != nil}
+	c := counts{published: o.published, limited: o.limited, lastPublish: o.lastPublish, lastLimited: o.lastLimited, durable: o.disk != nil}
 	c.records, c.bytes = o.size()
 	if o.disk != nil {
 		c.trouble = o.disk.log.State().Degraded

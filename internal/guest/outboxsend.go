@@ -111,6 +111,7 @@ func (o *outbox) answer(m *wire.Message) error {
 	case retryable(m):
 		if string(m.Code) == string(bus.CodeRateLimited) {
 			o.limited++
+			o.lastLimited = time.Now()
 		}
 		i, _ := slices.BinarySearch(o.again, f.pos)
 		o.again = slices.Insert(o.again, i, f.pos)

@@ -70,7 +70,7 @@ func (a *Agent) Status(vms []string) bus.Status {
 		b.Sessions, b.Reachable = 1, 1
 	case r != nil:
 		b.State = r.Error()
-		st.Refused = append(st.Refused, bus.Refused{VM: a.id.name, Reason: r.reason, AgeMS: time.Since(link.failed).Milliseconds()})
+		st.Refused = append(st.Refused, bus.Refused{VM: a.id.name, Reason: r.reason, HasKey: r.hasKey, AgeMS: time.Since(link.failed).Milliseconds()})
 	}
 	if a.stopping.Load() {
 		b.State = "stopping"
@@ -98,6 +98,7 @@ func (a *Agent) vm(link *linkState, c *counts) bus.VM {
 		Capabilities:       a.id.list(),
 		Published:          c.published,
 		RateLimited:        c.limited,
+		LastLimitedAgeMS:   age(c.lastLimited),
 		Forwards:           []string{},
 	}
 	if r := link.refused(); r != nil {

@@ -22,6 +22,7 @@ type Carried struct {
 	Heartbeat    *time.Duration `json:"heartbeat_age_ns,omitempty"`
 	Published    uint64         `json:"published,omitempty"`
 	Limited      uint64         `json:"limited,omitempty"`
+	LimitedLast  *time.Duration `json:"limited_age_ns,omitempty"`
 }
 
 // Sessions lists the live sessions.
@@ -67,7 +68,7 @@ func (t *Table) Carry() ([]Carried, []Session) {
 			Capabilities: slices.Clone(v.caps), Topics: slices.Clone(v.topics), HandshakeOK: v.handshakeOK,
 			Handshake: since(v.handshake), Subscribed: since(v.subscribed),
 			Frame: age(v.frame.Load()), Publish: age(v.publish.Load()), Heartbeat: age(v.heartbeat.Load()),
-			Published: v.published.Load(), Limited: v.limited.Load(),
+			Published: v.published.Load(), Limited: v.limited.Load(), LimitedLast: age(v.limitedAt.Load()),
 		})
 		sessions = append(sessions, v.session)
 	}
@@ -109,6 +110,7 @@ func (t *Table) Resume(c *Carried, s Session, elapsed time.Duration) *VM {
 	v.heartbeat.Store(at(c.Heartbeat))
 	v.published.Store(c.Published)
 	v.limited.Store(c.Limited)
+	v.limitedAt.Store(at(c.LimitedLast))
 	v.frame.Store(at(c.Frame))
 	v.reachable, v.reason = c.Reachable, c.Reason
 	switch {

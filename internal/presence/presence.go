@@ -16,7 +16,7 @@ const (
 	ReasonHandshake    = "handshake"    // reachable: it has just connected
 	ReasonFrame        = "frame"        // reachable again: a silent session spoke
 	ReasonDisconnected = "disconnected" // its connection closed
-	ReasonSilent       = "silent"       // connected, yet nothing heard for too long
+	ReasonSilent       = "silent"       // connected, or was until then, yet nothing heard for too long
 	ReasonExpired      = "expired"      // a handshake-only guest was not heard of again
 	ReasonRestarted    = "restarted"    // the broker ended without saying so, and begins with nobody
 )
@@ -303,7 +303,11 @@ func (t *Table) Disconnect(v *VM, s Session) bool {
 	}
 	v.session, v.topics, v.remote = nil, nil, ""
 	t.live--
-	t.set(v, false, ReasonDisconnected)
+	reason := ReasonDisconnected
+	if v.silent.Load() {
+		reason = ReasonSilent // that the connection went too is what came of it
+	}
+	t.set(v, false, reason)
 	if v.forgotten {
 		t.drop(v)
 	}

@@ -73,6 +73,11 @@ func TestSilence(t *testing.T) {
 		if s.expired == 0 {
 			t.Error("not expired after 62 s")
 		}
+		// That the connection goes too is what comes of the silence.
+		tab.Disconnect(v, s)
+		if got := tab.Snapshot(nil)[0]; got.Reachable || got.Reason != ReasonSilent || got.Session != "" {
+			t.Errorf("expired, it shows as %+v", got)
+		}
 	})
 }
 
@@ -136,9 +141,9 @@ func TestRefusalsAreBoundedAndForgotten(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		tab := table()
 		for i := range 70 {
-			tab.Refuse(fmt.Sprint("vm", i), "unknown-vm")
+			tab.Refuse(fmt.Sprint("vm", i), "unknown-vm", false)
 		}
-		tab.Refuse("vm10", "auth-failed")
+		tab.Refuse("vm10", "auth-failed", false)
 		got := tab.Refused()
 		if len(got) != 64 || got[0].VM != "vm10" || got[0].Reason != "auth-failed" || got[1].VM != "vm69" {
 			t.Errorf("%d, first %+v", len(got), got[:2])

@@ -138,12 +138,12 @@ func TestReserve(t *testing.T) {
 func TestRefusedOutlast(t *testing.T) {
 	tab := table()
 	tab.Know("known")
-	tab.Refuse("known", "auth-failed")
+	tab.Refuse("known", "auth-failed", false)
 	for range 3 {
-		tab.Refuse("trying", "unknown-vm")
+		tab.Refuse("trying", "unknown-vm", false)
 	}
 	for i := range 1000 {
-		tab.Refuse(string(rune('a'+i%26))+time.Duration(i).String(), "unknown-vm")
+		tab.Refuse(string(rune('a'+i%26))+time.Duration(i).String(), "unknown-vm", false)
 	}
 	found := make(map[string]bool)
 	for _, r := range tab.Refused() {

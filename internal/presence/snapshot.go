@@ -142,6 +142,7 @@ const (
 
 type refusal struct {
 	vm, reason string
+	hasKey     bool // it would have proven one
 	at         time.Time
 	known      bool // a registered VM's
 	times      int  // up to manyTimes
@@ -166,12 +167,12 @@ func (r *refusal) outlasts(o *refusal) bool {
 // refusals are kept oldest first, one a name.
 type refusals []refusal
 
-// Refuse notes that a name was turned away.
-func (t *Table) Refuse(name, reason string) {
+// Refuse notes that a name was turned away; hasKey tells that it has a key to prove.
+func (t *Table) Refuse(name, reason string, hasKey bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	v := t.vms[name]
-	fresh := refusal{vm: name, reason: reason, at: time.Now(), known: v != nil && v.known, times: 1}
+	fresh := refusal{vm: name, reason: reason, hasKey: hasKey, at: time.Now(), known: v != nil && v.known, times: 1}
 	if i := slices.IndexFunc(t.refused, func(r refusal) bool { return r.vm == name }); i >= 0 {
 		if time.Since(t.refused[i].at) <= refusedFor {
 			fresh.times = min(manyTimes, t.refused[i].times+1)
@@ -208,7 +209,7 @@ func (t *Table) Refused() []bus.Refused {
 	out := []bus.Refused{}
 	for _, r := range slices.Backward(t.refused) {
 		if age := time.Since(r.at); age <= refusedFor {
-			out = append(out, bus.Refused{VM: r.vm, Reason: r.reason, AgeMS: age.Milliseconds()})
+			out = append(out, bus.Refused{VM: r.vm, Reason: r.reason, HasKey: r.hasKey, AgeMS: age.Milliseconds()})
 		}
 	}
 	return out

@@ -16,7 +16,7 @@ func remedy(st *bus.Status, r *bus.Refused) string {
 	switch {
 	case r.Reason == wire.ReasonInvalidName, r.Reason == wire.ReasonReservedIdentity, checkName(r.VM) != nil:
 		return `give the guest a valid name: castra.vm, or "vm" in /etc/castra/guestd.toml`
-	case r.Reason == wire.ReasonUnknownVM:
+	case r.Reason == wire.ReasonUnknownVM, r.Reason == wire.ReasonTooManyVMs: // registered ones are not counted
 		return on + "let it in: castractl vm add " + r.VM
 	case r.Reason == wire.ReasonAuthRequired, r.Reason == wire.ReasonAuthFailed:
 		return on + "hand over its key, or a new one: castractl vm rekey " + r.VM
@@ -24,6 +24,10 @@ func remedy(st *bus.Status, r *bus.Refused) string {
 		return "it asked for host rights: take host-bus out of what it says hello with"
 	case r.Reason == wire.ReasonMissingCapability:
 		return "it speaks no " + wire.CapBus + ": install castra-guestd in it"
+	case r.Reason == wire.ReasonTooManySessions:
+		return on + "raise limits.max_sessions in castrad's configuration, then: systemctl reload castrad"
+	case r.Reason == wire.ReasonRateLimited:
+		return "it connects too often, or shares its name with another guest, see: castractl logs " + r.VM
 	case r.Reason == wire.ReasonStorageError, r.Reason == wire.ReasonIOError:
 		return "castrad could not go on with it, see why: castractl logs " + r.VM
 	}

@@ -25,9 +25,12 @@ const (
 	// maxCursors is how many durable cursors a VM may have (contract 2).
 	maxCursors = 64
 
-	// cursorDelay is how long the moves of cursors are gathered before they are
-	// written: a crash brings at most so much of them again.
+	// cursorDelay is the least time between two writes of the moves of cursors: a
+	// crash brings at most so much of them again.
 	cursorDelay = time.Second
+
+	// cursorGather is how long a move after a pause waits for those right behind it.
+	cursorGather = 50 * time.Millisecond
 )
 
 // cursor is a durable position. Next is the first record still to be delivered.
@@ -241,11 +244,12 @@ func (c *cursors) move(sub *session.Subscription, seq uint64) {
 // each attempt went; what failed is tried again.
 func (c *cursors) run(ctx context.Context, note func(error)) {
 	var retry <-chan time.Time // nil: nothing has failed
+	var written time.Time
 	for {
 		select {
 		case <-retry:
 		case <-c.wake:
-			t := time.NewTimer(cursorDelay)
+			t := time.NewTimer(max(cursorGather, cursorDelay-time.Since(written)))
 			select {
 			case <-t.C:
 			case <-ctx.Done():
@@ -254,6 +258,7 @@ func (c *cursors) run(ctx context.Context, note func(error)) {
 		case <-ctx.Done():
 		}
 		err := c.flush()
+		written = time.Now()
 		note(err)
 		if retry = nil; err != nil {
 			retry = time.After(cursorDelay)

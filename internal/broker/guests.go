@@ -60,19 +60,12 @@ func (b *Broker) Attend(ctx context.Context, h wire.Hello, remote string) sessio
 	attended := b.table.Attend(h.VM, remote, h.Capabilities())
 	b.tellForgotten()
 	if !attended {
-		return session.Decision{Refuse: reasonTooManyVMs}
+		return session.Decision{Refuse: wire.ReasonTooManyVMs}
 	}
 	b.table.Admitted(h.VM)
 	b.records.handshake(h.VM)
 	return session.Decision{}
 }
-
-// Refusals beyond the contract's list: limits that only a misuse reaches.
-const (
-	reasonTooManyVMs      = "too-many-vms"
-	reasonTooManySessions = "too-many-sessions"
-	reasonRateLimited     = "rate-limited"
-)
 
 // pace lets a guest that may have the name it asks for wait until its VM's share of
 // handshakes allows it: one guest must not fill the presence history and the event
@@ -86,7 +79,7 @@ func (b *Broker) pace(ctx context.Context, vm string) session.Decision {
 	wait, ok := b.table.Pace(vm, s.HandshakeRate, s.HandshakeTimeout/2)
 	if !ok {
 		b.bite(limitHandshakeRate, vm, "", session.TroubleRateLimited, session.ActionReject, "this VM connects too often")
-		return session.Decision{Refuse: reasonRateLimited}
+		return session.Decision{Refuse: wire.ReasonRateLimited}
 	}
 	return waited(ctx, wait)
 }
@@ -121,7 +114,7 @@ func (b *Broker) contend(ctx context.Context, s *session.Session) session.Decisi
 			fmt.Sprintf("contended: %s and %s keep replacing each other", old.Remote(), s.Remote()))
 	}
 	if !ok {
-		return session.Decision{Refuse: reasonRateLimited}
+		return session.Decision{Refuse: wire.ReasonRateLimited}
 	}
 	return waited(ctx, wait)
 }
@@ -159,9 +152,9 @@ func (b *Broker) Admit(ctx context.Context, s *session.Session, h wire.Hello, pr
 	switch {
 	case errors.Is(err, presence.ErrTooManySessions):
 		b.bite(limitSessions, h.VM, "", session.TroubleQueueFull, session.ActionReject, "too many sessions")
-		return nil, session.Decision{Refuse: reasonTooManySessions}
+		return nil, session.Decision{Refuse: wire.ReasonTooManySessions}
 	case err != nil:
-		return nil, session.Decision{Refuse: reasonTooManyVMs}
+		return nil, session.Decision{Refuse: wire.ReasonTooManyVMs}
 	}
 	if o, isSession := old.(*session.Session); isSession {
 		o.End(session.TroubleSuperseded, "a newer session of this VM replaced this one")
@@ -230,10 +223,10 @@ func (b *Broker) noteRefused(r session.Refusal) {
 	known := r.VM != "" && b.registered(r.VM)
 	reason := r.Reason
 	switch reason {
-	case reasonTooManyVMs:
+	case wire.ReasonTooManyVMs:
 		b.bite(limitVMs, vm, "", session.TroubleQueueFull, session.ActionReject, "too many names that nobody registered")
 		fallthrough
-	case reasonTooManySessions, reasonRateLimited:
+	case wire.ReasonTooManySessions, wire.ReasonRateLimited:
 		reason = wire.ReasonForbidden // the file's reasons are a closed list
 	}
 	if b.shares.take(noteRefused, vm, known, r.Remote, reason) {

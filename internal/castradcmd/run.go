@@ -88,7 +88,7 @@ func (d *daemon) run() error {
 	defer signal.Stop(signals)
 
 	d.warn()
-	listeners, err := d.listeners()
+	listeners, err := d.passed()
 	if err != nil {
 		return err
 	}
@@ -107,6 +107,14 @@ func (d *daemon) run() error {
 	if err != nil {
 		cancel()
 		return errors.Join(err, d.broker.Close())
+	}
+	if len(listeners) == 0 {
+		// Not before: whoever has seen the port open may count on castractl.
+		if listeners, err = d.listen(); err != nil {
+			cancel()
+			api.Close()
+			return errors.Join(err, d.broker.Close())
+		}
 	}
 	for _, ln := range listeners {
 		d.broker.Serve(ln)
@@ -159,9 +167,9 @@ func (d *daemon) notify(state string) {
 	}
 }
 
-// listeners gives the sockets that guests connect to: those that systemd passed
-// in, else those that the configuration names.
-func (d *daemon) listeners() ([]net.Listener, error) {
+// passed gives the sockets that systemd passed in for guests to connect to; none:
+// the configuration says where.
+func (d *daemon) passed() ([]net.Listener, error) {
 	passed, err := sdnotify.Listeners()
 	if err != nil {
 		return nil, fmt.Errorf("taking over the sockets passed in: %w", err)
@@ -177,13 +185,18 @@ func (d *daemon) listeners() ([]net.Listener, error) {
 			d.pages = append(d.pages, p)
 		}
 	}
-	if len(lns) > 0 {
+	switch {
+	case len(lns) > 0:
 		d.noteOverridden(lns)
-		return lns, nil
-	}
-	if len(passed) > 0 {
+	case len(passed) > 0:
 		logging.ConfigurationDoubtful.On(d.log).Warn("systemd passed sockets in, and none for guests; broker.listen decides where they connect")
 	}
+	return lns, nil
+}
+
+// listen opens the sockets that the configuration names.
+func (d *daemon) listen() ([]net.Listener, error) {
+	var lns []net.Listener
 	for _, addr := range d.cfg.Broker.Listen {
 		ln, err := net.Listen("tcp", addr)
 		if err != nil {

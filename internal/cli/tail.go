@@ -22,6 +22,7 @@ type tailOptions struct {
 	cursorFile   string
 	follow, once bool
 	format       string
+	floor        floor // with lines and from or since
 }
 
 func newTailCmd(f *Factory) *cobra.Command {
@@ -62,7 +63,7 @@ failed, 5 when castrad is not to be had.`,
 	flags := cmd.Flags()
 	flags.StringVar(&o.vm, "vm", "", "only what this VM published and what was sent to vm:`NAME`; host: what the host published")
 	flags.StringArrayVar(&o.topics, "topic", nil, "only topics that match `PATTERN`; may be repeated")
-	flags.StringVarP(&o.lines, "lines", "n", "10", "begin with the last `N` records, or with \"all\"")
+	flags.StringVarP(&o.lines, "lines", "n", "10", "begin with the last `N` records (of those from --from or --since on), or with \"all\"")
 	flags.Var(&o.from, "from", "begin with the record of number `SEQ`")
 	flags.StringVar(&o.since, "since", "", "begin with the first record at or after `T`")
 	flags.StringVar(&o.until, "until", "", "leave out records after `T`, and end there")
@@ -96,7 +97,7 @@ func (o *tailOptions) request(cmd *cobra.Command, now time.Time) (bus.TailReques
 	req := bus.TailRequest{Topics: o.topics, VM: o.vm}
 	if err := errors.Join(
 		exclusive(cmd, "follow", "no-follow"),
-		exclusive(cmd, "lines", "from", "since"),
+		exclusive(cmd, "from", "since"),
 	); err != nil {
 		return req, err
 	}
@@ -129,29 +130,45 @@ func (o *tailOptions) request(cmd *cobra.Command, now time.Time) (bus.TailReques
 	return req, nil
 }
 
-// begin sets where the tail begins.
+// begin sets where the tail begins: with --from or --since there, and with --lines
+// as well at the last so many from there on, as journalctl has it.
 func (o *tailOptions) begin(cmd *cobra.Command, req *bus.TailRequest, now time.Time) error {
 	flags := cmd.Flags()
-	switch {
-	case flags.Changed("from"):
-		req.From = uint64(o.from)
-	case flags.Changed("since"):
+	if flags.Changed("since") {
 		since, err := parseMoment(o.since, now)
 		if err != nil {
 			return usageError(cmd, "--since: %w", err)
 		}
 		req.Since = since
-	case o.lines == "all", o.until != "" && !flags.Changed("lines"):
-		// With an end alone the beginning is the record's, as journalctl has it.
-		req.All = true
-	default:
+	}
+	req.From = uint64(o.from)
+	begun := req.From > 0 || !req.Since.IsZero()
+	switch {
+	case o.lines == "all":
+		req.All = !begun
+	case flags.Changed("lines"), !begun && o.until == "":
 		n, err := strconv.ParseUint(o.lines, 10, 64)
 		if err != nil {
 			return usageError(cmd, `--lines takes a number or "all", not %q`, o.lines)
 		}
-		req.Lines = n
+		o.floor = floor{seq: req.From, time: req.Since}
+		req.Lines, req.From, req.Since = n, 0, time.Time{}
+	case !begun:
+		// With an end alone the beginning is the record's, as journalctl has it.
+		req.All = true
 	}
 	return nil
+}
+
+// floor is where a tail of the last records begins at the earliest.
+type floor struct {
+	seq  uint64
+	time time.Time
+}
+
+// hides tells whether all of e, a record or a gap, lies below. A gap has no time.
+func (b floor) hides(e *entry) bool {
+	return max(e.Seq, e.To) < b.seq || !e.isGap() && e.Time.Before(b.time)
 }
 
 func (f *Factory) runTail(ctx context.Context, o *tailOptions, req bus.TailRequest) error {
@@ -162,7 +179,7 @@ func (f *Factory) runTail(ctx context.Context, o *tailOptions, req bus.TailReque
 	ctx, release := endWithReader(ctx, f.IO.Out)
 	defer release()
 
-	t := &tailer{f: f, req: req, start: Start(req.Follow)}
+	t := &tailer{f: f, req: req, start: Start(req.Follow), floor: o.floor}
 	show := func(ctx context.Context) error { return t.show(ctx, o.format) }
 	var err error
 	if o.cursorFile == "" {

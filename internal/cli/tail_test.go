@@ -52,6 +52,10 @@ func TestTailRequests(t *testing.T) {
 		"-n 0":                                {From: 1043, Follow: true}, // the newest is 1042
 		"-n all --no-follow":                  {All: true},
 		"--from 7 -f":                         {From: 7, Follow: true},
+		"--from 7 -n all":                     {From: 7, Follow: true},
+		"--from 7 -n 3":                       {Lines: 3, Follow: true},
+		"--since -1h -n all":                  {Since: now.Add(-time.Hour), Follow: true},
+		"--since -1h -n 3":                    {Lines: 3, Follow: true},
 		"--since -1h":                         {Since: now.Add(-time.Hour), Follow: true},
 		"--since yesterday --until today":     {Since: time.Date(2026, 3, 3, 0, 0, 0, 0, time.UTC), Until: time.Date(2026, 3, 4, 0, 0, 0, 0, time.UTC)},
 		"--until +1h":                         {All: true, Until: now.Add(time.Hour), Follow: true},
@@ -71,22 +75,22 @@ func TestTailRequests(t *testing.T) {
 
 func TestTailUsage(t *testing.T) {
 	for args, want := range map[string]string{
-		"web1":               "one word too many",
-		"-n some":            "--lines takes",
-		"-n -1":              "--lines takes",
-		"--from 0":           "count from 1",
-		"--from x":           "invalid argument",
-		"--from 1 -n 1":      "exclude each other",
-		"--since now -n 1":   "exclude each other",
-		"--since soon":       "no moment",
-		"--until soon":       "no moment",
-		"-f --no-follow":     "exclude each other",
-		"-o xml":             "no format",
-		"--vm a=b":           "no VM name",
-		"--topic a*":         "--topic",
-		"--topic a.>.b":      "--topic",
-		"--cursor-file":      "needs an argument",
-		"--since now --from": "needs an argument",
+		"web1":                 "one word too many",
+		"-n some":              "--lines takes",
+		"-n -1":                "--lines takes",
+		"--from 0":             "count from 1",
+		"--from x":             "invalid argument",
+		"--since now --from 1": "exclude each other",
+		"--from 1 -n some":     "--lines takes",
+		"--since soon":         "no moment",
+		"--until soon":         "no moment",
+		"-f --no-follow":       "exclude each other",
+		"-o xml":               "no format",
+		"--vm a=b":             "no VM name",
+		"--topic a*":           "--topic",
+		"--topic a.>.b":        "--topic",
+		"--cursor-file":        "needs an argument",
+		"--since now --from":   "needs an argument",
 	} {
 		run(t, &fakeClient{}, append([]string{"bus", "tail"}, strings.Fields(args)...)).want(t, ExitUsage, "", want)
 	}
@@ -117,6 +121,26 @@ func TestTailFormats(t *testing.T) {
 	var asked []bus.TailRequest
 	r := run(t, streams(&asked, nil, record(1, `{"a":[1,2]}`)), []string{"bus", "tail", "--no-follow", "-o", "json-pretty"})
 	r.want(t, 0, "  \"payload\": {\n    \"a\": [\n      1,\n", "")
+}
+
+// The last N of those from a record or a moment on.
+func TestTailLinesFrom(t *testing.T) {
+	late := strings.Replace(record(9, "1"), "05:06:07", "05:06:08", 1)
+	text := record(1, "1") + record(2, "1") + gap + record(8, "1") + late
+	for args, want := range map[string]string{
+		"--from 2":                            record(2, "1") + gap + record(8, "1") + late,
+		"--from 4":                            gap + record(8, "1") + late,
+		"--from 8":                            record(8, "1") + late,
+		"--from 10":                           "",
+		"--since 2026-03-04T05:06:08Z":        gap + late,
+		"--since 2026-03-04T05:06:07.123456Z": text,
+	} {
+		var asked []bus.TailRequest
+		r := run(t, streams(&asked, nil, text), append([]string{"bus", "tail", "--no-follow", "-o", "json", "-n", "5"}, strings.Fields(args)...))
+		if r.code != 0 || r.out != want {
+			t.Errorf("%s, exit code %d:\n%s\nwant\n%s", args, r.code, r.out, want)
+		}
+	}
 }
 
 func TestTailBadStreams(t *testing.T) {

@@ -50,6 +50,7 @@ type tailer struct {
 	f      *Factory
 	req    bus.TailRequest
 	cursor *cursorFile // nil: none
+	floor  floor       // below it nothing is shown
 
 	start   Start
 	started bool // a stream has been open
@@ -79,6 +80,7 @@ func (t *tailer) resume(ctx context.Context) error {
 		seq = head
 	}
 	t.beginAfter(seq)
+	t.floor = floor{}
 	return nil
 }
 
@@ -217,6 +219,9 @@ func (t *tailer) print(line []byte) error {
 		return &bus.Error{Code: e.Code, Reason: e.Reason}
 	}
 	t.last = max(t.last, e.Seq, e.To)
+	if t.floor.hides(&e) {
+		return nil
+	}
 	return t.format(t.out, &e)
 }
 

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
 	"path/filepath"
 	"strings"
 
@@ -30,8 +31,9 @@ func newVerifyCmd(f *Factory) *cobra.Command {
 damaged where, and how. Nothing is changed; castrad may run meanwhile, and is
 not started for this.
 
-Exit codes: 1 on damage, 0 without. Lines that begin with "note:" are no
-damage.`,
+Exit codes: 1 on damage, 0 without; 5 when castrad is not there to say where the
+record is, and none is where it is by default. Lines that begin with "note:" are
+no damage.`,
 		Example: `  castractl bus verify
   castractl bus verify --log-dir /mnt/backup/castra --json`,
 		Args: noArgs,
@@ -60,6 +62,9 @@ func (f *Factory) findLogDir(cmd *cobra.Command) (string, error) {
 	st, err := f.status(cmd.Context(), NoStart, []string{""}) // nobody's name: of the VMs none is wanted
 	switch {
 	case errors.Is(err, dbusclient.ErrNotRunning), errors.Is(err, dbusclient.ErrNoBus):
+		if _, err := os.Stat(filepath.Join(defaultLogDir, "bus")); errors.Is(err, fs.ErrNotExist) {
+			return "", exitf(ExitNoCastrad, "castrad is not running, and there is no record in %s; name castrad's log_dir: castractl bus verify --log-dir DIR", defaultLogDir)
+		}
 		f.note("castrad is not running: looking in %s; elsewhere with --log-dir", defaultLogDir)
 		return defaultLogDir, nil
 	case err != nil:

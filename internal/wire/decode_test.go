@@ -248,6 +248,8 @@ func TestDecode(t *testing.T) {
 		{`{"type":"ack","retry_after_ms":18446744073709551615}`, ack(Message{RetryAfterMS: 1<<63 - 1})},
 		{`{"type":"ack","ack":1}`, ack(Message{Bad: "ack must be a string"})},
 		{`{"type":"ack","subscription":1}`, ack(Message{Bad: "subscription must be a string"})},
+		{`{"type":"ack","seq":7.0e1}`, ack(Message{Seq: 70, HasSeq: true})},
+		{`{"type":"ack","seq":7.5}`, ack(Message{Bad: "seq must be an integer of 0 or more within 64 bits"})},
 		{`{"type":"ack","seq":"1"}`, ack(Message{Bad: "seq must be an integer of 0 or more within 64 bits"})},
 
 		{
@@ -270,12 +272,37 @@ func TestDecode(t *testing.T) {
 	}
 }
 
+// An integer is one however it is written, and a time's letters may be small.
+func TestDecodeFromForms(t *testing.T) {
+	at := time.Date(2026, 11, 23, 21, 3, 0, 0, time.UTC)
+	for from, want := range map[string]From{
+		`5.0`:                      {Kind: FromSeq, N: 5},
+		`1e3`:                      {Kind: FromSeq, N: 1000},
+		`1.25E+2`:                  {Kind: FromSeq, N: 125},
+		`1200e-2`:                  {Kind: FromSeq, N: 12},
+		`10.0200e2`:                {Kind: FromSeq, N: 1002},
+		`0e99999999999999999999`:   {Kind: FromSeq},
+		`0.00`:                     {Kind: FromSeq},
+		`0.05e2`:                   {Kind: FromSeq, N: 5},
+		`1.8446744073709551615e19`: {Kind: FromSeq, N: 1<<64 - 1},
+		`-2.0`:                     {Kind: FromLast, N: 2},
+		`-1e1`:                     {Kind: FromLast, N: 10},
+		`"2026-11-23t21:03:00z"`:   {Kind: FromTime, Time: at},
+		`"2026-11-23t21:03:00Z"`:   {Kind: FromTime, Time: at},
+	} {
+		m, err := decode(`{"type":"subscribe","topic":"t","from":` + from + `}`)
+		if err != nil || m.Bad != "" || !reflect.DeepEqual(m.From, want) {
+			t.Errorf("from %s: %v, %q, %+v, want %+v", from, err, m.Bad, m.From, want)
+		}
+	}
+}
+
 func TestDecodeBadFrom(t *testing.T) {
 	for _, from := range []string{
-		`null`, `true`, `{}`, `[1]`, `""`, `"later"`, `"NOW"`, `"5"`, `"-5"`, `1.0`, `1e3`, `-1.5`, `-1e3`,
+		`null`, `true`, `{}`, `[1]`, `""`, `"later"`, `"NOW"`, `"5"`, `"-5"`, `1.5`, `15e-1`, `-1.5`, `1e-2`, `1e20`, `1e999999999999999999999`, `1844674407370955161.6e1`, `5e-99999999999999999999`,
 		`18446744073709551616`, `99999999999999999999`, `100000000000000000000`, `-18446744073709551616`,
 		`"2026-11-23"`, `"2026-11-23T21:03:00"`, `"2026-11-23 21:03:00Z"`, `"2026-11-23T21:03:00,5Z"`, `"2026-02-30T00:00:00Z"`,
-		`"2026-11-23T1:03:00Z"`, `"2026-11-23T21:03:00+24:00"`, `"2026-11-23T21:03:00+01:60"`, `"2026-11-23T21:03:00.Z"`, `"2026-11-23t21:03:00Z"`,
+		`"2026-11-23T1:03:00Z"`, `"2026-11-23T21:03:00+24:00"`, `"2026-11-23T21:03:00+01:60"`, `"2026-11-23T21:03:00.Z"`, `"2026-11-23x21:03:00Z"`,
 	} {
 		m, err := decode(`{"type":"subscribe","topic":"t","from":` + from + `}`)
 		if err != nil || !strings.HasPrefix(m.Bad, "from must be ") {

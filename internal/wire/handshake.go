@@ -22,6 +22,14 @@ const (
 	ReasonStorageError      = "storage-error"
 )
 
+// Refusals for the host's limits, which only a misuse reaches. The handshake
+// events, whose reasons are a closed list, have another word for them.
+const (
+	ReasonTooManyVMs      = "too-many-vms"
+	ReasonTooManySessions = "too-many-sessions"
+	ReasonRateLimited     = "rate-limited"
+)
+
 const (
 	nonceDigits = 32 // 16 random bytes in hex
 	macDigits   = 64 // an HMAC-SHA256 in hex

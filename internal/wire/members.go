@@ -37,7 +37,7 @@ func (f *members) text(k member) []byte {
 	return b[:len(b):len(b)]
 }
 
-// number gives the member if it is a plain integer of 0 or more within 64 bits.
+// number gives the member if it is an integer of 0 or more within 64 bits.
 func (f *members) number(k member) (n uint64, ok bool) {
 	return parseUint(f.raw(k))
 }
@@ -171,13 +171,19 @@ func (f *members) fillAck(m *Message) {
 	}
 }
 
-// parseTime reads an RFC 3339 time. Package time also takes a one-digit hour, a
-// comma for the point and offsets of a day and more, which other
-// implementations of the protocol would not.
+// parseTime reads an RFC 3339 time, whose T and Z may be lower-case (section
+// 5.6). Package time takes neither, and it takes a one-digit hour, a comma for the
+// point and offsets of a day and more, which other implementations of the protocol
+// would not. b is changed.
 func parseTime(b []byte, t *time.Time) bool {
 	const minLen = len("2026-11-23T21:03:00Z")
 	if len(b) < minLen || b[len("2026-11-23T21")] != ':' || bytes.IndexByte(b, ',') >= 0 {
 		return false
+	}
+	for _, at := range []int{len("2026-11-23"), len(b) - 1} {
+		if b[at] == 't' || b[at] == 'z' {
+			b[at] -= 'a' - 'A'
+		}
 	}
 	if offset := b[len(b)-len("+23:59"):]; b[len(b)-1] != 'Z' && (string(offset[1:3]) > "23" || string(offset[4:]) > "59") {
 		return false
@@ -185,20 +191,82 @@ func parseTime(b []byte, t *time.Time) bool {
 	return t.UnmarshalText(b) == nil
 }
 
-// parseUint reads a JSON number that is nothing but digits.
+// parseUint reads a JSON number that is an integer of 0 or more within 64 bits.
 func parseUint(b []byte) (n uint64, ok bool) {
-	if len(b) == 0 || len(b) > len("18446744073709551615") {
+	if len(b) == 0 {
 		return 0, false
 	}
-	for _, c := range b {
-		if !isDigit(c) {
+	for i, c := range b {
+		if c == '.' || c == 'e' || c == 'E' {
+			return parseScaled(b, i)
+		}
+		if n, ok = appendDigit(n, c); !ok {
 			return 0, false
 		}
-		digit := uint64(c - '0')
-		if n > (math.MaxUint64-digit)/10 {
-			return 0, false
-		}
-		n = n*10 + digit
 	}
 	return n, true
+}
+
+// maxScale is more than a frame has room to make up for with digits.
+const maxScale = 2 * MaxFrame
+
+// parseScaled reads what some languages write for an integer, 5.0 or 1e3. b is a
+// JSON number that is not negative, point its first byte that is no digit.
+func parseScaled(b []byte, point int) (n uint64, ok bool) {
+	digits, scale := b, 0 // the number is digits times ten to the scale
+	if e := bytes.IndexAny(b, "eE"); e >= 0 {
+		exponent := b[e+1:]
+		negative := exponent[0] == '-'
+		for _, c := range bytes.TrimLeft(exponent, "+-") {
+			scale = min(10*scale+int(c-'0'), maxScale)
+		}
+		if negative {
+			scale = -scale
+		}
+		digits = b[:e]
+	}
+	if point < len(digits) {
+		scale -= len(digits) - point - 1
+	}
+	zeros := 0 // held back until a digit shows that they count
+	for i, c := range digits {
+		switch {
+		case i == point:
+			continue
+		case c == '0':
+			zeros++
+			continue
+		}
+		for ; zeros > 0 && n > 0; zeros-- {
+			if n, ok = appendDigit(n, '0'); !ok {
+				return 0, false
+			}
+		}
+		zeros = 0
+		if n, ok = appendDigit(n, c); !ok {
+			return 0, false
+		}
+	}
+	if n == 0 {
+		return 0, true
+	}
+	if scale += zeros; scale < 0 {
+		return 0, false // a fraction
+	}
+	for ; scale > 0; scale-- {
+		if n, ok = appendDigit(n, '0'); !ok {
+			return 0, false
+		}
+	}
+	return n, true
+}
+
+// appendDigit writes a digit behind those of n; ok is false where c is none, or the
+// number no longer fits.
+func appendDigit(n uint64, c byte) (_ uint64, ok bool) {
+	digit := uint64(c - '0')
+	if !isDigit(c) || n > (math.MaxUint64-digit)/10 {
+		return 0, false
+	}
+	return n*10 + digit, true
 }

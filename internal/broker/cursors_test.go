@@ -1,0 +1,68 @@
+package broker
+
+import (
+	"context"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// A move after a pause is soon on disk; moves in a row are written once a second.
+func TestCursorsAreWrittenSoon(t *testing.T) {
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		c, err := openCursors(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, _, err := c.open("g", "c", "t", 1, 100); err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			c.run(ctx, func(err error) {
+				if err != nil {
+					t.Error(err)
+				}
+			})
+		}()
+		move := func(next uint64) {
+			c.mu.Lock()
+			c.vms["g"].all["c"].Next = next
+			c.moved["g"] = struct{}{}
+			c.mu.Unlock()
+			select {
+			case c.wake <- struct{}{}:
+			default:
+			}
+		}
+		onDisk := func(want string) {
+			t.Helper()
+			synctest.Wait()
+			got, err := os.ReadFile(filepath.Join(dir, "g.json"))
+			if err != nil || !strings.Contains(string(got), `"next":`+want+`}`) {
+				t.Fatalf("%s, %v; want %s", got, err, want)
+			}
+		}
+		time.Sleep(2 * cursorDelay)
+		move(5)
+		time.Sleep(cursorGather)
+		onDisk("5")
+		move(6)
+		time.Sleep(cursorGather)
+		move(7)
+		time.Sleep(cursorDelay - 2*cursorGather)
+		onDisk("5")
+		time.Sleep(cursorGather)
+		onDisk("7")
+		move(8)
+		cancel() // a clean end leaves nothing behind
+		<-done
+		onDisk("8")
+	})
+}

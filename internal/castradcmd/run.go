@@ -12,6 +12,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"reflect"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -76,7 +77,7 @@ type daemon struct {
 	broker *broker.Broker
 	reg    *identity.Registry
 	status sdnotify.Status
-	pages  []sdnotify.Passed // the health and metrics sockets
+	pages  []sdnotify.Passed // the health, metrics and pprof sockets
 
 	mu  sync.Mutex
 	bus string // why there is no D-Bus; empty: it is served
@@ -87,6 +88,7 @@ func (d *daemon) run() error {
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
 	defer signal.Stop(signals)
 
+	noProfiles()
 	d.warn()
 	listeners, err := d.listeners()
 	if err != nil {
@@ -173,6 +175,9 @@ func (d *daemon) listeners() ([]net.Listener, error) {
 			lns = append(lns, p.Listener)
 		case sdnotify.HandOver:
 			d.inherit(p.Stored)
+		case sdnotify.SocketPprof:
+			runtime.MemProfileRate = sampleRate
+			d.pages = append(d.pages, p)
 		default:
 			d.pages = append(d.pages, p)
 		}

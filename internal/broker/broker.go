@@ -296,6 +296,7 @@ func (b *Broker) sweep() {
 		select {
 		case <-t.C:
 			b.table.Sweep()
+			b.records.refresh()
 			b.tellWithheld()
 		case <-b.ctx2.Done():
 			t.Stop()

@@ -189,8 +189,9 @@ func (d *daemon) listeners() ([]net.Listener, error) {
 	if len(passed) > 0 {
 		logging.ConfigurationDoubtful.On(d.log).Warn("systemd passed sockets in, and none for guests; broker.listen decides where they connect")
 	}
+	withoutProbes := net.ListenConfig{KeepAlive: -1} // the broker wants none
 	for _, addr := range d.cfg.Broker.Listen {
-		ln, err := net.Listen("tcp", addr)
+		ln, err := withoutProbes.Listen(context.Background(), "tcp", addr)
 		if err != nil {
 			for _, ln := range lns {
 				err = errors.Join(err, ln.Close())

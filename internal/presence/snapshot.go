@@ -139,14 +139,16 @@ func (v *VM) last() Last {
 }
 
 // Unrecorded lists the VMs of which something was heard since they were recorded last,
-// where that is a period ago or longer.
+// where that is a period ago or longer. Who asks is to record them: a slow disk does not
+// have all of them listed again.
 func (t *Table) Unrecorded(period time.Duration) []string {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	before := t.now() - int64(period)
+	now := t.now()
 	var names []string
 	for name, v := range t.vms {
-		if v.session != nil && v.recorded <= before && v.frame.Load() > v.recorded {
+		if v.session != nil && v.recorded <= now-int64(period) && v.frame.Load() > v.recorded {
+			v.recorded = now
 			names = append(names, name)
 		}
 	}

@@ -49,7 +49,10 @@ func (r *Replacer) Replace(name string, data []byte) error {
 			}
 		}
 	}
-	return os.Rename(spare, path)
+	if err := unix.Rename(spare, path); err != nil {
+		return fmt.Errorf("renaming %s to %s: %w", spare, path, err)
+	}
+	return nil
 }
 
 // Remove removes the file called name, if there is one.

@@ -31,8 +31,21 @@ func newVMFiles(dir string) vmFiles {
 
 // write replaces a VM's file.
 func (f *vmFiles) write(name string, last *presence.Last) error {
-	f.buf = appendVMFile(f.buf[:0], name, last)
+	f.buf = appendPadding(appendVMFile(f.buf[:0], name, last))
 	return f.files.Replace(vmFile(name), f.buf)
+}
+
+// vmFileUnit is what the length of a VM's file is a multiple of. A file that is as long
+// as the one before can be written over, see [statefile.Replacer], and there is a sector
+// to a sector for whoever pulls the plug.
+const vmFileUnit = 512
+
+// appendPadding appends spaces behind the object, and the end of the line.
+func appendPadding(b []byte) []byte {
+	for (len(b)+1)%vmFileUnit != 0 {
+		b = append(b, ' ')
+	}
+	return append(b, '\n')
 }
 
 func (f *vmFiles) remove(name string) error { return f.files.Remove(vmFile(name)) }
@@ -45,14 +58,14 @@ func appendVMFile(b []byte, name string, last *presence.Last) []byte {
 	b = strconv.AppendInt(append(b, `,"timestamp":`...), last.Handshake.Unix(), 10)
 	b = appendStrings(append(b, `,"capabilities":`...), last.Capabilities)
 	if !slices.Contains(last.Capabilities, wire.CapBus) {
-		return append(b, ",\"bus\":null}\n"...)
+		return append(b, `,"bus":null}`...)
 	}
 	b = wire.AppendString(append(b, `,"bus":{"protocol":`...), wire.CapBus)
 	b = appendStrings(append(b, `,"subscribed_topics":`...), last.Topics)
 	b = appendUnix(append(b, `,"last_publish_ts":`...), last.Publish)
 	b = appendUnix(append(b, `,"last_heartbeat_ts":`...), last.Heartbeat)
 	b = appendUnix(append(b, `,"last_subscribe_ts":`...), last.Subscribe)
-	return append(b, "}}\n"...)
+	return append(b, `}}`...)
 }
 
 func appendStrings(b []byte, all []string) []byte {

@@ -2,6 +2,7 @@ package broker
 
 import (
 	"encoding/json"
+	"strings"
 	"testing"
 	"time"
 
@@ -45,8 +46,12 @@ func TestVMFile(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got := string(appendVMFile(nil, "web1", &tt.last)); got != string(want)+"\n" {
+		got := appendVMFile(nil, "web1", &tt.last)
+		if string(got) != string(want) {
 			t.Errorf("wrote %s, want %s", got, want)
+		}
+		if file := string(appendPadding(got)); len(file) != vmFileUnit || strings.TrimRight(file[:len(file)-1], " ")+file[len(file)-1:] != string(want)+"\n" {
+			t.Errorf("the file holds %q", file)
 		}
 	}
 }

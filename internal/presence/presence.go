@@ -375,9 +375,9 @@ func (t *Table) awake(v *VM) {
 func (t *Table) Sweep() {
 	var over []Session
 	t.mu.Lock()
-	now := t.now()
+	now, wall := t.now(), time.Now()
 	for _, v := range t.vms {
-		if v.rivals.calm(time.Now()) {
+		if v.rivals.calm(wall) {
 			t.touched[v.name] = struct{}{}
 		}
 		switch {

@@ -111,9 +111,9 @@ images:
 	scripts/host-root
 
 .PHONY: bench
-bench: build ## the benchmarks; BENCH=regexp picks
+bench: build ## the benchmarks, compared with docs/bench.txt; BENCH=regexp picks, COUNT=6 runs
 	scripts/need dbus-daemon e2fsprogs
-	CASTRA_E2E=1 go test -run '^$$' -bench '$(BENCH)' -benchmem -timeout 30m ./...
+	scripts/bench '$(BENCH)'
 
 .PHONY: fuzz
 fuzz: ## every fuzz target for FUZZTIME (30s)

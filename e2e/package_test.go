@@ -302,16 +302,18 @@ func busClients(h *host) {
 	h.want(h.run("castractl", "bus", "tail", "--topic", "from.gdbus", "--no-follow"), `{"n":1}`)
 }
 
-// pageSockets has castrad serve health and metrics, whose sockets are units of an
-// administrator's.
+// pageSockets has castrad serve health, metrics and profiles, whose sockets are units
+// of an administrator's.
 func pageSockets(h *host) {
 	h.run("sh", "-c", `unit() {
 			printf '[Socket]\nListenStream=127.0.0.1:%s\nFileDescriptorName=%s\nService=castrad.service\n' $2 $1 \
 				>/run/systemd/system/castrad-$1.socket
 		}
 		unit health 7071; unit metrics 7072
+		printf '[Socket]\nListenStream=/run/castrad-pprof.sock\nSocketMode=0666\nFileDescriptorName=pprof\nService=castrad.service\n' \
+			>/run/systemd/system/castrad-pprof.socket
 		systemctl daemon-reload; systemctl stop castrad
-		systemctl start castrad-health.socket castrad-metrics.socket castrad.service`)
+		systemctl start castrad-health.socket castrad-metrics.socket castrad-pprof.socket castrad.service`)
 	page := func(port string) string {
 		h.Helper()
 		return h.run("bash", "-c", `exec 3<>/dev/tcp/127.0.0.1/`+port+`; printf 'GET /metrics HTTP/1.0\r\n\r\n' >&3; cat <&3`)
@@ -319,7 +321,11 @@ func pageSockets(h *host) {
 	h.want(page("7071"), "200 OK", "ok")
 	h.run("castractl", "wait", "web1", "--timeout", "60s")
 	h.want(page("7072"), "200 OK", "castra_vms_reachable 1")
-	h.run("sh", "-c", `systemctl stop castrad-health.socket castrad-metrics.socket
+	profile := `$s = IO::Socket::UNIX->new("/run/castrad-pprof.sock") or die "$!";
+		print $s "GET /debug/pprof/goroutine?debug=1 HTTP/1.0\r\n\r\n"; print <$s>`
+	h.want(h.run("perl", "-MIO::Socket::UNIX", "-e", profile), "200 OK", "goroutine profile")
+	h.want(h.run("setpriv", "--reuid=nobody", "perl", "-MIO::Socket::UNIX", "-e", profile), "403 Forbidden", "root")
+	h.run("sh", "-c", `systemctl stop castrad-health.socket castrad-metrics.socket castrad-pprof.socket
 		rm /run/systemd/system/castrad-*.socket; systemctl daemon-reload`)
 }
 

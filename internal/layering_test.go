@@ -49,7 +49,7 @@ var rules = map[string]rule{
 	"handover":  {layer: 0, uses: []string{xsys}},
 	"logging":   {layer: 0, uses: []string{logrus, goSystemd}},
 	"sdnotify":  {layer: 0, uses: []string{goSystemd, xsys}},
-	"statefile": {layer: 0},
+	"statefile": {layer: 0, uses: []string{xsys}},
 	"wire":      {layer: 0},
 
 	// Below layer 2 nothing logs: errors and hooks tell those above.

@@ -34,6 +34,20 @@ func newListener(ln net.Listener) *listener {
 	return &listener{Listener: ln, asked: make(chan chan struct{}, 1)}
 }
 
+// limitUnsentBytes bounds what the kernel holds of what the guests that connect to ln
+// are sent: left alone it grows to megabytes, for each guest that does not read. A
+// connection takes it from the socket that it was accepted on (tcp(7)).
+func limitUnsentBytes(ln *net.TCPListener, bytes int) {
+	raw, err := ln.SyscallConn()
+	if err != nil {
+		return // it is closed
+	}
+	_ = raw.Control(func(fd uintptr) {
+		// The kernel doubles it for its own book-keeping (socket(7)).
+		_ = syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_SNDBUF, bytes/2)
+	})
+}
+
 // ping returns when the accept loop has answered.
 func (l *listener) ping(ctx context.Context) error {
 	d, ok := l.Listener.(interface{ SetDeadline(time.Time) error })
@@ -77,12 +91,13 @@ func (l *listener) answer(err error) bool {
 // one delays nobody.
 func (b *Broker) accept(l *listener) {
 	var told time.Time
+	ended := b.guests.Done // one for all of them
 	for {
 		conn, err := l.Accept()
 		switch {
 		case err == nil:
 			b.guests.Add(1)
-			go b.serve(conn, b.guests.Done)
+			go b.serve(conn, ended)
 			if wait := b.acceptTurn(); wait > 0 {
 				time.Sleep(wait) // a millisecond or so: nobody notices
 			}
@@ -121,34 +136,22 @@ func (b *Broker) serve(conn net.Conn, ended func()) {
 		ended()
 		return
 	}
-	if tcp, ok := conn.(*net.TCPConn); ok && b.opts.UnsentBytes > 0 {
-		// The kernel doubles it for its own book-keeping (socket(7)). Left alone
-		// it grows to megabytes, for each guest that does not read.
-		_ = tcp.SetWriteBuffer(b.opts.UnsentBytes / 2)
+	if tcp, ok := conn.(*net.TCPConn); ok {
+		// Guests beat more often than probes would be worth their while, and ten
+		// thousand idle connections are probed 667 times a second.
+		_ = tcp.SetKeepAlive(false)
 	}
-	done, evicted := b.handshakes.enter(c)
+	leave, evicted := b.handshakes.enter(c)
 	if evicted != nil {
 		b.bite(limitHandshakes, evicted.RemoteAddr().String(), "", session.TroubleQueueFull, session.ActionDisconnect,
 			"too many unfinished handshakes, the oldest was closed")
 	}
-	session.Serve(b.ctx, &greeted{Conn: c, done: func() { done(); b.acceptable() }}, b, b.sessionOptions(), func() {
-		done()
-		ended()
-	})
-}
-
-// greeted is a connection that leaves the list of unfinished handshakes when
-// its deadline is lifted: that is when the session begins.
-type greeted struct {
-	session.Conn
-	done func()
-}
-
-func (g *greeted) SetDeadline(t time.Time) error {
-	if t.IsZero() {
-		g.done()
-	}
-	return g.Conn.SetDeadline(t)
+	session.Serve(b.ctx, c, b, b.sessionOptions(), func(granted bool) {
+		leave()
+		if granted {
+			b.acceptable()
+		}
+	}, ended)
 }
 
 // handshakes are the connections without a session. Every guest comes from the
@@ -162,15 +165,15 @@ type handshakes struct {
 	over bool      // there are to be no more
 }
 
-// end closes them all, and those that come.
+// end closes them all, and those that come: nothing is owed to who has no session.
 func (h *handshakes) end() {
 	h.mu.Lock()
 	h.over = true
-	conns := make([]session.Conn, 0, h.all.Len())
-	for e := h.all.Front(); e != nil; e = e.Next() {
+	var conns []session.Conn
+	for e := h.all.Front(); e != nil; e = h.all.Front() {
 		conns = append(conns, e.Value.(session.Conn))
+		h.all.Remove(e) // and not all at once: those that leave would be counted once more
 	}
-	h.all.Init()
 	h.mu.Unlock()
 	for _, c := range conns {
 		_ = c.Close()

@@ -77,6 +77,7 @@ type Broker struct {
 
 	files    fileBudget
 	settings atomic.Pointer[Settings]
+	sessions atomic.Pointer[session.Options]
 	health   health
 
 	topics   index
@@ -145,6 +146,7 @@ func Open(opts Options) (*Broker, error) {
 	if b.idle, err = session.NewIdle(); err != nil {
 		return nil, errors.Join(err, b.events.Close())
 	}
+	b.configureSessions(&settings)
 	b.ctx, b.cancel = context.WithCancel(context.Background())
 	b.ctx2, b.cancel2 = context.WithCancel(context.Background())
 	b.inherit(left)
@@ -229,6 +231,7 @@ func topicOwner(topic []byte) ([]byte, bool) {
 // whose key has changed end.
 func (b *Broker) Configure(s Settings) ([]identity.Problem, error) {
 	b.settings.Store(&s)
+	b.configureSessions(&s)
 	b.table.Configure(b.tableOptions(s))
 	b.admission.Lock()
 	before := b.opts.Registry.List()
@@ -251,6 +254,9 @@ func (b *Broker) Configure(s Settings) ([]identity.Problem, error) {
 
 // Serve accepts guests on ln until Close. One goroutine calls it.
 func (b *Broker) Serve(ln net.Listener) {
+	if tcp, ok := ln.(*net.TCPListener); ok && b.opts.UnsentBytes > 0 {
+		limitUnsentBytes(tcp, b.opts.UnsentBytes)
+	}
 	l := newListener(ln)
 	all := append(slices.Clone(b.listening()), l)
 	b.listeners.Store(&all)
@@ -278,6 +284,9 @@ func (b *Broker) Ping(ctx context.Context) error {
 	return nil
 }
 
+// ending is why sessions end that castrad ends.
+const ending = "castrad is ending"
+
 // Close ends the sessions, commits what they had sent, and closes the log.
 func (b *Broker) Close() error {
 	var errs []error
@@ -287,6 +296,12 @@ func (b *Broker) Close() error {
 		}
 	}
 	b.cancel()
+	b.handshakes.end()
+	for _, s := range b.table.Sessions() {
+		if s, ok := s.(*session.Session); ok {
+			s.End(session.TroubleShutdown, ending)
+		}
+	}
 	b.guests.Wait()
 	b.cancel2()
 	b.work.Wait()
@@ -301,6 +316,7 @@ func (b *Broker) sweep() {
 		select {
 		case <-t.C:
 			b.table.Sweep()
+			b.records.refresh()
 			b.tellWithheld()
 		case <-b.ctx2.Done():
 			t.Stop()
@@ -316,10 +332,12 @@ func (b *Broker) watchIdle() {
 	}
 }
 
-func (b *Broker) sessionOptions() session.Options {
-	s := b.settings.Load()
-	return session.Options{
+// sessionOptions gives the options of the sessions that begin now. They share them.
+func (b *Broker) sessionOptions() *session.Options { return b.sessions.Load() }
+
+func (b *Broker) configureSessions(s *Settings) {
+	b.sessions.Store(&session.Options{
 		HandshakeTimeout: s.HandshakeTimeout, WriteTimeout: s.SessionTimeout,
 		MaxSubscriptions: s.MaxSubscriptions, Scans: b.scans, Lazy: b.events.Lazy(), Log: b.events, Idle: b.idle,
-	}
+	})
 }

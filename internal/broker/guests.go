@@ -156,6 +156,9 @@ func (b *Broker) Admit(ctx context.Context, s *session.Session, h wire.Hello, pr
 	case err != nil:
 		return nil, session.Decision{Refuse: wire.ReasonTooManyVMs}
 	}
+	if b.ctx.Err() != nil { // Close has looked through the table, or is about to
+		s.End(session.TroubleShutdown, ending)
+	}
 	if o, isSession := old.(*session.Session); isSession {
 		o.End(session.TroubleSuperseded, "a newer session of this VM replaced this one")
 	}

@@ -563,7 +563,7 @@ func FuzzReadHandOver(f *testing.F) {
 		for i := range vms {
 			if vms[i].Session != nil {
 				// It is judged without panic, whatever it holds.
-				_, _ = session.Thaw(vms[i].VM, new(net.TCPConn), nil, session.Options{}, vms[i].Session)
+				_, _ = session.Thaw(vms[i].VM, new(net.TCPConn), nil, &session.Options{}, vms[i].Session)
 			}
 		}
 	})

@@ -100,7 +100,7 @@ func (b *Broker) resume(resumed map[string]bool) (n int, err error) {
 	for _, s := range sessions {
 		if s != nil {
 			b.guests.Add(1)
-			go s.Resume(b.ctx, b.guests.Done)
+			go s.Resume(b.guests.Done)
 			n++
 		}
 	}

@@ -31,11 +31,6 @@ const (
 	// the disk is slow: ten thousand guests connecting at once fit. Beyond it
 	// they are counted and dropped; a handshake never waits for a disk.
 	eventQueue = 1 << 14
-
-	// A VM's file is written within a second of a handshake or a change of its
-	// subscriptions, and otherwise every thirty at most (contract 4).
-	handshakeDelay  = 200 * time.Millisecond
-	handshakePeriod = 30 * time.Second
 )
 
 // event is a line for one of the event files.
@@ -48,6 +43,7 @@ type event struct {
 // that neither a guest nor a status ever waits for the disk.
 type recorder struct {
 	dir   string
+	vms   vmFiles
 	table *presence.Table
 	log   *logrus.Logger
 
@@ -65,7 +61,7 @@ func openRecorder(dir string, table *presence.Table, log *logrus.Logger) (*recor
 		return nil, fmt.Errorf("creating the handshakes' directory: %w", err)
 	}
 	return &recorder{
-		dir: dir, table: table, log: log,
+		dir: dir, vms: newVMFiles(dir), table: table, log: log,
 		events: make(chan event, eventQueue), wake: make(chan struct{}, 1),
 		due: make(map[string]struct{}),
 	}, nil
@@ -82,10 +78,15 @@ func (r *recorder) event(e event) {
 	}
 }
 
-// handshake makes a VM's file due.
-func (r *recorder) handshake(vm string) {
+// handshake makes the VMs' files due.
+func (r *recorder) handshake(vms ...string) {
+	if len(vms) == 0 {
+		return
+	}
 	r.mu.Lock()
-	r.due[vm] = struct{}{}
+	for _, vm := range vms {
+		r.due[vm] = struct{}{}
+	}
 	r.mu.Unlock()
 	r.poke()
 }
@@ -150,8 +151,6 @@ func (r *recorder) run(ctx context.Context) {
 	soon := time.NewTimer(time.Hour)
 	soon.Stop()
 	armed := false
-	period := time.NewTicker(handshakePeriod)
-	defer period.Stop()
 	for {
 		select {
 		case e := <-r.events:
@@ -164,8 +163,6 @@ func (r *recorder) run(ctx context.Context) {
 		case <-soon.C:
 			armed = false
 			r.writeDue()
-		case <-period.C:
-			r.refresh()
 		case <-ctx.Done():
 			for len(r.events) > 0 {
 				r.note(r.append(files, <-r.events))
@@ -215,12 +212,9 @@ func (r *recorder) note(err error) {
 	}
 }
 
-// refresh makes the files due of all that were heard of since the last time.
-func (r *recorder) refresh() {
-	for _, name := range r.table.HeardSince(handshakePeriod) {
-		r.handshake(name)
-	}
-}
+// refresh makes the files due that have fallen behind what was heard. Call it every
+// second or so.
+func (r *recorder) refresh() { r.handshake(r.table.Unrecorded(handshakePeriod)...) }
 
 func (r *recorder) writeDue() {
 	r.mu.Lock()
@@ -235,54 +229,15 @@ func (r *recorder) writeDue() {
 		r.note(err)
 	}
 	for name := range due {
-		last, ok := r.table.Last(name)
+		last, ok := r.table.Record(name)
 		switch {
 		case !ok: // forgotten: names that come once must not leave files for ever
-			if err := os.Remove(r.handshakeFile(name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-				r.note(err)
-			}
+			r.note(r.vms.remove(name))
 		case !last.Handshake.IsZero():
-			r.note(r.writeHandshake(name, last))
+			r.note(r.vms.write(name, &last))
 		}
 	}
 }
-
-// handshakeFile is a VM's file (contract 4). Times are Unix seconds.
-type handshakeFile struct {
-	VM           string   `json:"vm"`
-	Timestamp    int64    `json:"timestamp"`
-	Capabilities []string `json:"capabilities"`
-	Bus          *busPart `json:"bus"`
-}
-
-type busPart struct {
-	Protocol         string   `json:"protocol"`
-	SubscribedTopics []string `json:"subscribed_topics"`
-	LastPublish      *int64   `json:"last_publish_ts"`
-	LastHeartbeat    *int64   `json:"last_heartbeat_ts"`
-	LastSubscribe    *int64   `json:"last_subscribe_ts"`
-}
-
-// writeHandshake replaces a VM's file by rename, so that nobody ever reads half
-// of one. It is not synced: after a crash the next handshake writes it anew.
-func (r *recorder) writeHandshake(name string, last presence.Last) error {
-	f := handshakeFile{VM: name, Timestamp: last.Handshake.Unix(), Capabilities: orEmpty(last.Capabilities)}
-	for _, c := range last.Capabilities {
-		if c == wire.CapBus {
-			f.Bus = &busPart{
-				Protocol: wire.CapBus, SubscribedTopics: orEmpty(last.Topics),
-				LastPublish: unix(last.Publish), LastHeartbeat: unix(last.Heartbeat), LastSubscribe: unix(last.Subscribe),
-			}
-		}
-	}
-	data, err := json.Marshal(f)
-	if err != nil {
-		return err
-	}
-	return replace(r.handshakeFile(name), append(data, '\n'))
-}
-
-func (r *recorder) handshakeFile(name string) string { return filepath.Join(r.dir, name+".json") }
 
 // replace gives path the contents data, whole or not at all.
 func replace(path string, data []byte) error {
@@ -305,14 +260,6 @@ func orEmpty(s []string) []string {
 		return []string{}
 	}
 	return s
-}
-
-func unix(t time.Time) *int64 {
-	if t.IsZero() {
-		return nil
-	}
-	s := t.Unix()
-	return &s
 }
 
 // handshakeEvent is a line about a handshake. suppressed is how many more like it

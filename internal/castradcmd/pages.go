@@ -17,26 +17,30 @@ import (
 )
 
 const (
-	// maxPages bounds the connections to a health or metrics socket; more wait in its
+	// maxPages bounds the connections to one such socket; more wait in its
 	// backlog.
 	maxPages = 32
 	// pageTimeout bounds a request and its answer, and how long a connection may idle.
 	pageTimeout = 10 * time.Second
 )
 
-// servePages answers HTTP on a health or metrics socket until ctx is done. Neither page
-// waits for a guest or a disk.
+// servePages answers HTTP on a health, metrics or pprof socket until ctx is done. The
+// first two wait for no guest and no disk.
 func servePages(ctx context.Context, p sdnotify.Passed, status func() bus.Status) error {
-	mux := http.NewServeMux()
-	if p.Use == sdnotify.SocketHealth {
-		mux.HandleFunc("GET /", func(w http.ResponseWriter, _ *http.Request) { health(w, status().Broker.State) })
-	} else {
-		mux.HandleFunc("GET /", func(w http.ResponseWriter, _ *http.Request) { metrics(w, status()) })
-	}
 	srv := &http.Server{
-		Handler: mux, ReadTimeout: pageTimeout, WriteTimeout: pageTimeout, IdleTimeout: pageTimeout, MaxHeaderBytes: 8 << 10,
+		ReadTimeout: pageTimeout, WriteTimeout: pageTimeout, IdleTimeout: pageTimeout, MaxHeaderBytes: 8 << 10,
 		ErrorLog: log.New(io.Discard, "", 0), // what a client does wrong is the client's to see
 	}
+	mux := http.NewServeMux()
+	switch p.Use {
+	case sdnotify.SocketHealth:
+		mux.HandleFunc("GET /", func(w http.ResponseWriter, _ *http.Request) { health(w, status().Broker.State) })
+	case sdnotify.SocketMetrics:
+		mux.HandleFunc("GET /", func(w http.ResponseWriter, _ *http.Request) { metrics(w, status()) })
+	case sdnotify.SocketPprof:
+		mux.Handle("GET /", profiles(srv))
+	}
+	srv.Handler = mux
 	stop := context.AfterFunc(ctx, func() { _ = srv.Close() })
 	defer stop()
 	// One token for each connection, maxPages in all.

@@ -12,6 +12,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"reflect"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -76,7 +77,7 @@ type daemon struct {
 	broker *broker.Broker
 	reg    *identity.Registry
 	status sdnotify.Status
-	pages  []sdnotify.Passed // the health and metrics sockets
+	pages  []sdnotify.Passed // the health, metrics and pprof sockets
 
 	mu  sync.Mutex
 	bus string // why there is no D-Bus; empty: it is served
@@ -87,6 +88,7 @@ func (d *daemon) run() error {
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
 	defer signal.Stop(signals)
 
+	noProfiles()
 	d.warn()
 	listeners, err := d.passed()
 	if err != nil {
@@ -181,6 +183,9 @@ func (d *daemon) passed() ([]net.Listener, error) {
 			lns = append(lns, p.Listener)
 		case sdnotify.HandOver:
 			d.inherit(p.Stored)
+		case sdnotify.SocketPprof:
+			runtime.MemProfileRate = sampleRate
+			d.pages = append(d.pages, p)
 		default:
 			d.pages = append(d.pages, p)
 		}
@@ -197,8 +202,9 @@ func (d *daemon) passed() ([]net.Listener, error) {
 // listen opens the sockets that the configuration names.
 func (d *daemon) listen() ([]net.Listener, error) {
 	var lns []net.Listener
+	withoutProbes := net.ListenConfig{KeepAlive: -1} // the broker wants none
 	for _, addr := range d.cfg.Broker.Listen {
-		ln, err := net.Listen("tcp", addr)
+		ln, err := withoutProbes.Listen(context.Background(), "tcp", addr)
 		if err != nil {
 			for _, ln := range lns {
 				err = errors.Join(err, ln.Close())

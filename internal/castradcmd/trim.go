@@ -2,6 +2,7 @@ package castradcmd
 
 import (
 	"context"
+	"runtime"
 	"runtime/debug"
 	runtimemetrics "runtime/metrics"
 	"time"
@@ -15,9 +16,10 @@ const (
 	// nothing to do: the heartbeats of ten thousand guests stay below it.
 	trimQuiet = 8 << 20
 
-	// trimWorth is how much must have been allocated since memory was given back last:
-	// doing so costs a collection.
-	trimWorth = 32 << 20
+	// collectWorth is how much a castrad with nothing to do lets lie about. The runtime
+	// waits for as much again as is in use, which with ten thousand guests is most of a
+	// minute's, and a collection takes 20 ms then.
+	collectWorth = 6 << 20
 )
 
 // trim gives memory back to the system when a burst is over: the runtime by itself
@@ -26,13 +28,22 @@ func trim(ctx context.Context) {
 	allocated := []runtimemetrics.Sample{{Name: "/gc/heap/allocs:bytes"}}
 	t := time.NewTicker(trimEvery)
 	defer t.Stop()
-	var trimmed, before uint64
+	var collected, before uint64 // of what was allocated
+	burst := false
 	for {
 		runtimemetrics.Read(allocated)
 		now := allocated[0].Value.Uint64()
-		if now-before < trimQuiet && now-trimmed > trimWorth {
+		quiet := now-before < trimQuiet
+		switch {
+		case !quiet:
+			burst = true
+		case burst:
+			runtime.GC() // what is left in pools goes with the second one alone
 			debug.FreeOSMemory()
-			trimmed = now
+			burst, collected = false, now
+		case now-collected > collectWorth:
+			runtime.GC()
+			collected = now
 		}
 		before = now
 		select {

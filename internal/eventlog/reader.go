@@ -24,9 +24,9 @@ type Reader struct {
 	// asked is the disk's file offset when memory was last asked instead.
 	asked int64
 	vm    *vmReader // reads a VM's own stream first; nil: not, or no longer
-	// ahead is a record read from disk beyond a gap that is still to be told.
-	ahead    Record
-	hasAhead bool
+	// ahead is a record read from disk beyond a gap that is still to be told; nil: none
+	// is, as nearly ever.
+	ahead *Record
 }
 
 // NewReader gives a reader whose first record is seq, or if seq is beyond the
@@ -47,7 +47,7 @@ func (r *Reader) Skip(seq uint64) {
 
 // Close gives back what the reader holds. It may be used again.
 func (r *Reader) Close() {
-	r.mem, r.hasAhead = nil, false
+	r.mem, r.ahead = nil, nil
 	if r.vm != nil {
 		r.vm.cursor.close()
 	}
@@ -67,8 +67,8 @@ func (r *Reader) Next(rec *Record) (bool, error) {
 		}
 	}
 	for {
-		if r.hasAhead {
-			*rec, r.hasAhead = r.ahead, false
+		if r.ahead != nil {
+			*rec, r.ahead = *r.ahead, nil
 			r.next = rec.Seq + 1
 			return true, nil
 		}
@@ -139,7 +139,8 @@ func (r *Reader) fromDisk(rec *Record, committed uint64) (bool, error) {
 		r.disk = nil
 		return false, r.skipTo(committed + 1)
 	case rec.Seq > r.next:
-		r.ahead, r.hasAhead = *rec, true
+		ahead := *rec
+		r.ahead = &ahead
 		gap := &Gap{From: r.next, To: rec.Seq - 1}
 		r.next = rec.Seq
 		return false, gap

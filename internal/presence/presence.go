@@ -53,6 +53,7 @@ type VM struct {
 	topics      []string
 	handshake   time.Time // with the monotonic clock; zero: never
 	subscribed  time.Time // the last change of its subscriptions
+	recorded    int64     // when what there is of it was taken to be written down; 0: never
 	handshakeOK bool      // reachable by a handshake-only guest's word
 	known       bool      // registered: kept however many names there are
 	forgotten   bool      // goes when its session does
@@ -391,9 +392,9 @@ func (t *Table) awake(v *VM) {
 func (t *Table) Sweep() {
 	var over []Session
 	t.mu.Lock()
-	now := t.now()
+	now, wall := t.now(), time.Now()
 	for _, v := range t.vms {
-		if v.rivals.calm(time.Now()) {
+		if v.rivals.calm(wall) {
 			t.touched[v.name] = struct{}{}
 		}
 		switch {

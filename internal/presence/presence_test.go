@@ -253,3 +253,37 @@ func TestForgottenGoesWithItsSession(t *testing.T) {
 		t.Error("still known when the session has ended")
 	}
 }
+
+// What is heard of a VM is written down again and again, and not too often.
+func TestUnrecorded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const period = 30 * time.Second
+		tab := table()
+		time.Sleep(time.Second) // its clock is past its beginning
+		var vms []*VM
+		for _, name := range []string{"beats", "silent", "gone"} {
+			v, _, err := tab.Connect(name, &fakeSession{}, "", nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			tab.Record(name)
+			vms = append(vms, v)
+		}
+		tab.Disconnect(vms[2], vms[2].session)
+		var at []time.Duration // when there was something to be written
+		began := time.Now()
+		for range 100 {
+			time.Sleep(time.Second)
+			vms[0].Heard()
+			for _, name := range tab.Unrecorded(period) {
+				if name != "beats" {
+					t.Errorf("after %v %s is to be written", time.Since(began), name)
+				}
+				at = append(at, time.Since(began))
+			}
+		}
+		if want := []time.Duration{period, 2 * period, 3 * period}; !slices.Equal(at, want) {
+			t.Errorf("it was written at %v, want %v", at, want)
+		}
+	})
+}

@@ -106,24 +106,60 @@ func (t *Table) Reachable() []string {
 }
 
 // Last is what the file of a VM's last handshake tells; times are wall clock,
-// zero where never.
+// zero where never. Its slices are not to be changed.
 type Last struct {
 	Handshake, Publish, Heartbeat, Subscribe time.Time
 	Capabilities, Topics                     []string
 }
 
 // Last gives it for one VM, ok=false if the name is not known.
-func (t *Table) Last(name string) (Last, bool) {
+func (t *Table) Last(name string) (last Last, ok bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	v := t.vms[name]
 	if v == nil {
 		return Last{}, false
 	}
+	return v.last(), true
+}
+
+// Record is Last for who writes it down: [Table.Unrecorded] knows of it.
+func (t *Table) Record(name string) (last Last, ok bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	v := t.vms[name]
+	if v == nil {
+		return Last{}, false
+	}
+	v.recorded = t.now()
+	return v.last(), true
+}
+
+// last collects it. Call with the lock held; the slices are replaced, never changed in
+// place.
+func (v *VM) last() Last {
+	t := v.table
 	return Last{
 		Handshake: v.handshake, Publish: t.wall(v.publish.Load()), Heartbeat: t.wall(v.heartbeat.Load()), Subscribe: v.subscribed,
-		Capabilities: slices.Clone(v.caps), Topics: slices.Clone(v.topics),
-	}, true
+		Capabilities: v.caps, Topics: v.topics,
+	}
+}
+
+// Unrecorded lists the VMs of which something was heard since they were recorded last,
+// where that is a period ago or longer. Who asks is to record them: a slow disk does not
+// have all of them listed again.
+func (t *Table) Unrecorded(period time.Duration) []string {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	now := t.now()
+	var names []string
+	for name, v := range t.vms {
+		if v.session != nil && v.recorded <= now-int64(period) && v.frame.Load() > v.recorded {
+			v.recorded = now
+			names = append(names, name)
+		}
+	}
+	return names
 }
 
 // wall converts the table's clock.
@@ -213,18 +249,4 @@ func (t *Table) Refused() []bus.Refused {
 		}
 	}
 	return out
-}
-
-// HeardSince lists the VMs of which anything was heard within the last d.
-func (t *Table) HeardSince(d time.Duration) []string {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	since := t.now() - int64(d)
-	var names []string
-	for name, v := range t.vms {
-		if v.session != nil && v.frame.Load() > since {
-			names = append(names, name)
-		}
-	}
-	return names
 }

@@ -16,6 +16,7 @@ const (
 	SocketBus     = "bus"
 	SocketHealth  = "health"
 	SocketMetrics = "metrics"
+	SocketPprof   = "pprof"
 )
 
 const firstPassed = 3 // SD_LISTEN_FDS_START, sd_listen_fds(3)
@@ -96,7 +97,7 @@ func takeOver(fd int, name string) (Passed, error) {
 	if err != nil {
 		return Passed{}, err
 	}
-	if err := checkListens(fd); err != nil {
+	if err := checkListens(fd, use); err != nil {
 		return Passed{}, err
 	}
 	f := os.NewFile(uintptr(fd), name)
@@ -112,20 +113,21 @@ func takeOver(fd int, name string) (Passed, error) {
 
 func useOf(name string) (string, error) {
 	switch name {
-	case SocketBus, SocketHealth, SocketMetrics:
+	case SocketBus, SocketHealth, SocketMetrics, SocketPprof:
 		return name, nil
 	// Without FileDescriptorName= systemd gives the unit's name, "unknown" if there
 	// is none, and tools like systemd-socket-activate may give nothing.
 	case "", "unknown", "castrad.socket", "castra-guestd.socket":
 		return SocketBus, nil
 	}
-	return "", fmt.Errorf("nothing is known to be served under that name; FileDescriptorName= in the socket unit must be %s, %s or %s",
-		SocketBus, SocketHealth, SocketMetrics)
+	return "", fmt.Errorf("nothing is known to be served under that name; FileDescriptorName= in the socket unit must be %s, %s, %s or %s",
+		SocketBus, SocketHealth, SocketMetrics, SocketPprof)
 }
 
 // checkListens makes sure that fd listens for streams: of a socket that does not,
-// net.FileListener makes a listener all the same, whose every Accept fails.
-func checkListens(fd int) error {
+// net.FileListener makes a listener all the same, whose every Accept fails. Profiles
+// show what is in memory, so they take a socket whose peers can be told apart.
+func checkListens(fd int, use string) error {
 	var is [3]int
 	for i, opt := range []int{unix.SO_DOMAIN, unix.SO_TYPE, unix.SO_ACCEPTCONN} {
 		v, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, opt)
@@ -137,6 +139,8 @@ func checkListens(fd int) error {
 	switch domain, kind, listens := is[0], is[1], is[2] == 1; {
 	case domain != unix.AF_INET && domain != unix.AF_INET6 && domain != unix.AF_UNIX:
 		return fmt.Errorf("it is of address family %d; TCP and Unix sockets are served", domain)
+	case use == SocketPprof && domain != unix.AF_UNIX:
+		return errors.New("profiles are served on a Unix socket alone; the socket unit must say ListenStream=/run/castrad-pprof.sock, or the like")
 	case kind != unix.SOCK_STREAM:
 		return errors.New("it is no stream socket; the socket unit must say ListenStream=")
 	case !listens:

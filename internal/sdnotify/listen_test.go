@@ -106,6 +106,7 @@ func TestListeners(t *testing.T) {
 	}{
 		{pass: "tcp unix", names: "bus:health", want: "bus tcp 127.0.0.1:|health unix /"},
 		{pass: "unix tcp tcp", names: "metrics:bus:bus", want: "metrics unix /|bus tcp 127.0.0.1:|bus tcp 127.0.0.1:"},
+		{pass: "unix", names: "pprof", want: "pprof unix /"},
 		{pass: "tcp", names: "castrad.socket", want: "bus tcp "},
 		{pass: "unix", names: "castra-guestd.socket", want: "bus unix "},
 		{pass: "tcp", names: "unknown", want: "bus tcp "},
@@ -119,6 +120,7 @@ func TestListeners(t *testing.T) {
 		{pass: "tcp", names: "connection", want: `error: socket 3, passed in as "connection": nothing is known`},
 		{pass: "tcp unix", names: "bus", want: `error: LISTEN_FDNAMES has 1 names ("bus") for 2 sockets`},
 		{pass: "file", names: "bus", want: `error: socket 3, passed in as "bus": it cannot be used`},
+		{pass: "tcp", names: "pprof", want: `error: socket 3, passed in as "pprof": profiles are served on a Unix socket alone`},
 		{pass: "udp", names: "bus", want: `error: socket 3, passed in as "bus": it is no stream socket`},
 		{pass: "seqpacket", names: "bus", want: `error: socket 3, passed in as "bus": it is no stream socket`},
 		{pass: "connected", names: "bus", want: `error: socket 3, passed in as "bus": it does not listen`},

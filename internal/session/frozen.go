@@ -1,7 +1,6 @@
 package session
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"math"
@@ -169,7 +168,7 @@ func (f *FrozenSubscription) check(vm string) error {
 // Thaw makes the session that f describes over conn. It is known to nobody yet,
 // [Session.Enrol] and [Session.Resume] follow; conn stays the caller's until then.
 // An error says what about f cannot be.
-func Thaw(vm string, conn Conn, b Broker, opts Options, f *Frozen) (*Session, error) {
+func Thaw(vm string, conn Conn, b Broker, opts *Options, f *Frozen) (*Session, error) {
 	if err := f.check(vm); err != nil {
 		return nil, err
 	}
@@ -199,14 +198,14 @@ func (s *Session) Enrol(guest Guest, f *Frozen) {
 }
 
 // Resume runs a session that was enrolled, and returns and calls done as [Serve] does.
-func (s *Session) Resume(ctx context.Context, done func()) {
+func (s *Session) Resume(done func()) {
 	go func() {
 		if err := s.release(); err != nil && !errors.Is(err, errEnded) {
 			s.End(TroubleIOError, err.Error())
 		}
 		s.deliver()
 	}()
-	s.endWith(ctx, done)
+	s.done = done
 	early := s.unread
 	s.unread = nil
 	s.run(early)
@@ -244,7 +243,7 @@ func (s *Session) thawSubscriptions(frozen []FrozenSubscription) error {
 }
 
 // newSession makes a session that nothing is known of but what it runs over.
-func newSession(conn Conn, raw syscall.RawConn, b Broker, opts Options) *Session {
+func newSession(conn Conn, raw syscall.RawConn, b Broker, opts *Options) *Session {
 	return &Session{
 		opts: opts, broker: b, conn: conn, raw: raw,
 		reading: make(chan struct{}, 1), writer: make(chan struct{}, 1),
@@ -260,6 +259,7 @@ func (s *Session) newSubscription(name, topic, cursor string) (*Subscription, er
 	sub := &Subscription{s: s, name: name, topic: topic, pattern: pattern, cursor: cursor}
 	sub.start.Store(math.MaxUint64)
 	sub.visible = s.broker.Visible(s.vm)
-	sub.prefix = append(wire.AppendString([]byte(`{"type":"publish","subscription":`), name), ',')
+	const begins = `{"type":"publish","subscription":`
+	sub.prefix = append(wire.AppendString(append(make([]byte, 0, len(begins)+len(name)+3), begins...), name), ',')
 	return sub, nil
 }

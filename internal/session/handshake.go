@@ -27,32 +27,24 @@ const (
 	lingerBytes = 256 << 10
 )
 
-// Serve takes a connection from greeting to close, and ends the session when ctx is
-// done. It may return long before the connection is closed, which is when done is
-// called.
-func Serve(ctx context.Context, conn Conn, b Broker, opts Options, done func()) {
-	shaking, shaken := context.WithTimeout(ctx, opts.HandshakeTimeout)
-	h := handshake{ctx: shaking, conn: conn, broker: b, opts: opts, remote: conn.RemoteAddr().String()}
-	hangUp := context.AfterFunc(ctx, func() { _ = conn.Close() }) // nothing is owed to who has not said hello
+// Serve takes a connection from greeting to close. It may return long before the
+// connection is closed, which is when done is called. shaken is called when the
+// handshake is over, and told whether it granted a session. While there is none it is
+// the caller's to close the connection, and ctx ends what the broker lets wait; from
+// Admit on the session is the broker's to end.
+func Serve(ctx context.Context, conn Conn, b Broker, opts *Options, shaken func(granted bool), done func()) {
+	shaking, stop := context.WithTimeout(ctx, opts.HandshakeTimeout)
+	h := handshake{ctx: shaking, conn: conn, broker: b, opts: opts, shaken: shaken, remote: conn.RemoteAddr().String()}
 	s, early := h.run()
-	hangUp()
-	shaken()
+	stop()
 	if s == nil {
 		linger(conn)
+		shaken(false)
 		done()
 		return
 	}
-	s.endWith(ctx, done)
+	s.done = done
 	s.run(early)
-}
-
-// endWith ends the session when ctx is done, and has done called when it has ended.
-func (s *Session) endWith(ctx context.Context, done func()) {
-	stop := context.AfterFunc(ctx, func() { s.End(TroubleShutdown, "castrad is ending") })
-	s.done = func() {
-		stop()
-		done()
-	}
 }
 
 // handshake is one connection before it is a session.
@@ -60,7 +52,8 @@ type handshake struct {
 	ctx    context.Context
 	conn   Conn
 	broker Broker
-	opts   Options
+	opts   *Options
+	shaken func(granted bool)
 	remote string
 
 	hello wire.Hello
@@ -154,6 +147,7 @@ func (h *handshake) grant(key []byte, nonce string) *Session {
 		return nil
 	}
 	s.guest = guest
+	h.shaken(true)
 	// From here on it is a session, and ends or is handed over as one.
 	err = h.conn.SetDeadline(time.Time{})
 	if err == nil {

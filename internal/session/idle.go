@@ -94,9 +94,10 @@ func (l *Idle) wait(events []syscall.EpollEvent) (n int, err error) {
 // one that reads, has to end: another one may be reading by then.
 func (l *Idle) add(s *Session) bool {
 	l.mu.Lock()
+	op := syscall.EPOLL_CTL_MOD
 	if s.spot == 0 {
 		l.spots++
-		s.spot = l.spots
+		s.spot, op = l.spots, syscall.EPOLL_CTL_ADD
 	}
 	spot := s.spot
 	l.sessions[spot] = s
@@ -106,21 +107,16 @@ func (l *Idle) add(s *Session) bool {
 		Events: syscall.EPOLLIN | syscall.EPOLLRDHUP | syscall.EPOLLONESHOT,
 		Fd:     int32(uint32(spot)), Pad: int32(uint32(spot >> 32)),
 	}
-	if l.arm(s, &ev) != nil || s.ended.Load() != nil {
+	if l.arm(s, op, &ev) != nil || s.ended.Load() != nil {
 		// Nobody would wake it, or it was ended when there was nobody to wake yet.
 		return l.take(spot) == nil
 	}
 	return true
 }
 
-func (l *Idle) arm(s *Session, ev *syscall.EpollEvent) (err error) {
+func (l *Idle) arm(s *Session, op int, ev *syscall.EpollEvent) (err error) {
 	pollErr := l.ready.Control(func(poll uintptr) {
-		connErr := s.raw.Control(func(conn uintptr) {
-			err = syscall.EpollCtl(int(poll), syscall.EPOLL_CTL_MOD, int(conn), ev)
-			if errors.Is(err, syscall.ENOENT) { // it has never waited here
-				err = syscall.EpollCtl(int(poll), syscall.EPOLL_CTL_ADD, int(conn), ev)
-			}
-		})
+		connErr := s.raw.Control(func(conn uintptr) { err = syscall.EpollCtl(int(poll), op, int(conn), ev) })
 		err = errors.Join(err, connErr)
 	})
 	return errors.Join(err, pollErr)

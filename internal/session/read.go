@@ -20,6 +20,9 @@ const readSize = 4 + wire.MaxFrame
 // a session for one burst, so that an idle session holds none.
 type workspace struct {
 	buf   []byte
+	ready func(fd uintptr) // reads into buf once, see readReady
+	n     int              // what that gave
+	err   error
 	dec   wire.Decoder
 	msg   wire.Message
 	batch eventlog.Batch
@@ -34,7 +37,11 @@ type reply struct {
 	entry int // of the batch; -1: the answer is known already
 }
 
-var workspaces = sync.Pool{New: func() any { return &workspace{buf: make([]byte, readSize)} }}
+var workspaces = sync.Pool{New: func() any {
+	w := &workspace{buf: make([]byte, readSize)}
+	w.ready = func(fd uintptr) { w.n, w.err = readOnce(fd, w.buf) }
+	return w
+}}
 
 // run reads until the session is idle, or ends; then it says why.
 func (s *Session) run(early []byte) {

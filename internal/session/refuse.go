@@ -72,6 +72,15 @@ type notes struct {
 	rate, subscriptions, slow note
 }
 
+// notes gives them. Few sessions ever run into a limit, and the others keep none.
+func (s *Session) notes() *notes {
+	if p := s.noted.Load(); p != nil {
+		return p
+	}
+	s.noted.CompareAndSwap(nil, &notes{})
+	return s.noted.Load()
+}
+
 type note struct {
 	at    time.Time
 	count int
@@ -95,14 +104,14 @@ func (n *note) due() int {
 
 // noteLimited records refusals for the rate.
 func (s *Session) noteLimited() {
-	if n := s.noted.rate.due(); n > 0 {
+	if n := s.notes().rate.due(); n > 0 {
 		s.broker.Trouble(s, TroubleRateLimited, ActionThrottle, fmt.Sprintf("publish_rate, publish_burst or publish_bytes exceeded, %d refused", n))
 	}
 }
 
 // noteSubscriptions records subscriptions refused because there are enough.
 func (s *Session) noteSubscriptions() {
-	if n := s.noted.subscriptions.due(); n > 0 {
+	if n := s.notes().subscriptions.due(); n > 0 {
 		s.broker.Trouble(s, TroubleQueueFull, ActionReject, fmt.Sprintf("max_subscriptions: a session may have %d, %d more refused", s.opts.MaxSubscriptions, n))
 	}
 }

@@ -29,7 +29,8 @@ type Broker interface {
 	// the guest wait, until ctx is done at most.
 	Attend(ctx context.Context, h wire.Hello, remote string) Decision
 	// Admit makes s the session of its VM, which ends the one before. proven is
-	// the key that the guest has proved to hold, nil if none was asked for.
+	// the key that the guest has proved to hold, nil if none was asked for. The broker
+	// that has admitted s ends it when it ends itself.
 	Admit(ctx context.Context, s *Session, h wire.Hello, proven []byte) (Guest, Decision)
 	// Release notes that s has ended, and why.
 	Release(s *Session, end End)
@@ -145,7 +146,7 @@ type Conn interface {
 
 // Session is one guest's granted connection.
 type Session struct {
-	opts   Options
+	opts   *Options
 	broker Broker
 	conn   Conn
 	raw    syscall.RawConn
@@ -181,9 +182,9 @@ type Session struct {
 	deliveries delivering
 	background sync.WaitGroup // searches of the log
 	ended      atomic.Pointer[End]
-	done       func() // called once, when all of it has ended
-	spent      int    // frames of the burst that is being read
-	noted      notes  // what was recorded last of the limits that it runs into
+	done       func()                // called once, when all of it has ended
+	spent      int                   // frames of the burst that is being read
+	noted      atomic.Pointer[notes] // what was recorded last of the limits that it runs into; nil: none so far
 
 	// Of whoever reads: when frames came last, until when reading waits before it is
 	// seen whether the session is idle, and whether it was, and has heard nothing but

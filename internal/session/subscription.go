@@ -70,8 +70,11 @@ func (sub *Subscription) Started() uint64 { return sub.start.Load() }
 // it gives true the session is to be woken; otherwise it is about to look.
 func (sub *Subscription) Notify(seq uint64) bool { return sub.hint.CompareAndSwap(0, seq) }
 
+// pending tells whether there may be something to deliver.
+func (sub *Subscription) pending() bool { return sub.behind.Load() || sub.hint.Load() != 0 }
+
 func (sub *Subscription) lag(committed uint64) uint64 {
-	if pos := sub.position.Load(); pos < committed && (sub.behind.Load() || sub.hint.Load() != 0) {
+	if pos := sub.position.Load(); pos < committed && sub.pending() {
 		return committed - pos
 	}
 	return 0
@@ -188,7 +191,7 @@ func (s *Session) change(r request) error {
 		<-s.writer
 		return err
 	}
-	if sub != nil {
+	if sub != nil && sub.pending() { // else the first notice wakes it
 		s.Wake()
 	}
 	return s.release()
@@ -200,6 +203,9 @@ const searchTime = 5 * time.Second
 
 // prepareInTime is prepare, given up on when the disk does not answer.
 func (s *Session) prepareInTime(r request) (*Subscription, error) {
+	if _, owned := wire.TopicVM(r.topic); !owned && r.cursor == "" && r.from.Kind == wire.FromNow {
+		return s.prepare(r) // reads nothing
+	}
 	type result struct {
 		sub *Subscription
 		err error
@@ -355,9 +361,10 @@ func (sub *Subscription) open(start uint64) error {
 	log := sub.s.opts.Log
 	sub.start.Store(start)
 	sub.position.Store(start - 1)
-	sub.behind.Store(true)
+	// What is committed from here on, it is notified of.
+	sub.behind.Store(start <= log.Committed())
 	sub.reader = log.NewReader(start)
-	if sub.own() && start <= log.Committed() {
+	if sub.own() && sub.behind.Load() {
 		r, err := log.NewVMReader(sub.s.vm, start)
 		if err != nil {
 			sub.s.broker.Unsubscribe(sub)

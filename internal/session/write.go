@@ -260,7 +260,7 @@ func (s *Session) sendStep(b []byte, size int) (n int, err error) {
 		m, err := s.conn.Write(b[n:size])
 		n += m
 		if errors.Is(err, os.ErrDeadlineExceeded) && s.ended.Load() == nil && time.Now().Before(end) {
-			if s.noted.slow.due() > 0 {
+			if s.notes().slow.due() > 0 {
 				s.broker.Trouble(s, TroubleSlowConsumer, ActionThrottle, s.slowness(len(b)-n, slowNotice))
 			}
 			continue

@@ -1,0 +1,182 @@
+package statefile
+
+import (
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+)
+
+func replacer(t testing.TB) *Replacer {
+	t.Helper()
+	dir := t.TempDir()
+	r := &Replacer{Dir: filepath.Join(dir, "files"), Spares: filepath.Join(dir, "spares"), Perm: 0o640}
+	if err := os.Mkdir(r.Dir, 0o750); err != nil {
+		t.Fatal(err)
+	}
+	return r
+}
+
+func (r *Replacer) must(t testing.TB, data string) {
+	t.Helper()
+	if err := r.Replace("f", []byte(data)); err != nil {
+		t.Fatal(err)
+	}
+	got, err := os.ReadFile(filepath.Join(r.Dir, "f"))
+	if err != nil || string(got) != data {
+		t.Fatalf("it holds %q, %v, and not %q", got, err, data)
+	}
+}
+
+func inode(t testing.TB, path string) uint64 {
+	t.Helper()
+	var st syscall.Stat_t
+	if err := syscall.Lstat(path, &st); err != nil {
+		t.Fatal(err)
+	}
+	return st.Ino
+}
+
+// Two files change places for ever, as long as what is written is as long.
+func TestReplaceReuses(t *testing.T) {
+	r := replacer(t)
+	path := filepath.Join(r.Dir, "f")
+	r.must(t, "a1")
+	r.must(t, "a2")
+	first, second := inode(t, filepath.Join(r.Spares, "f")), inode(t, path)
+	for i := range 10 {
+		r.must(t, fmt.Sprintf("b%d", i))
+		if want := []uint64{first, second}[i%2]; inode(t, path) != want {
+			t.Fatalf("write %d made a new file", i)
+		}
+	}
+	spare, err := os.OpenFile(filepath.Join(r.Spares, "f"), os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if fd := int(spare.Fd()); reusable(fd, 3) || !reusable(fd, 2) {
+		t.Error("a file of another length is taken, or one of the same is not")
+	}
+	_ = spare.Close()
+	r.must(t, "longer")
+	if st, err := os.Stat(path); err != nil || st.Mode() != 0o640 {
+		t.Errorf("its mode is %v, %v", st.Mode(), err)
+	}
+	if err := r.Remove("f"); err != nil {
+		t.Fatal(err)
+	}
+	if left, _ := filepath.Glob(filepath.Dir(r.Dir) + "/*/*"); len(left) > 0 {
+		t.Errorf("left behind: %v", left)
+	}
+	if err := r.Remove("f"); err != nil {
+		t.Errorf("removing nothing: %v", err)
+	}
+}
+
+// Who has a file open goes on reading what was in it.
+func TestReplaceSparesReaders(t *testing.T) {
+	r := replacer(t)
+	path := filepath.Join(r.Dir, "f")
+	r.must(t, "a1")
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	r.must(t, "a2") // f is among the spares now
+	if err := os.Link(path, path+".link"); err != nil {
+		t.Fatal(err)
+	}
+	r.must(t, "a3")
+	r.must(t, "a4")
+	if got, err := io.ReadAll(f); string(got) != "a1" {
+		t.Errorf("who has it open reads %q, %v", got, err)
+	}
+	if got, err := os.ReadFile(path + ".link"); string(got) != "a2" {
+		t.Errorf("a hard link to it holds %q, %v", got, err)
+	}
+}
+
+// Nobody ever reads half of one, however often they are written.
+func TestReplaceIsWhole(t *testing.T) {
+	r := replacer(t)
+	r.must(t, strings.Repeat("0", 3000))
+	var end atomic.Bool
+	done := make(chan error, 1) // for the one result
+	go func() {
+		for !end.Load() {
+			got, err := os.ReadFile(filepath.Join(r.Dir, "f"))
+			if err != nil || len(got) != 3000 || strings.Trim(string(got), string(got[:1])) != "" {
+				done <- fmt.Errorf("read %d bytes %.20q…, %w", len(got), got, err)
+				return
+			}
+		}
+		done <- nil
+	}()
+	for i := range 3000 {
+		if err := r.Replace("f", []byte(strings.Repeat(string(rune('0'+i%10)), 3000))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	end.Store(true)
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
+
+// What is in the place of a file, or of its spare, is neither followed nor lost.
+func TestReplaceWhatIsNoFile(t *testing.T) {
+	for name, put := range map[string]func(path string) error{
+		"a directory":     func(path string) error { return os.MkdirAll(path+"/kept", 0o755) },
+		"a symbolic link": func(path string) error { return os.Symlink("../victim", path) },
+		"a pipe":          func(path string) error { return syscall.Mkfifo(path, 0o644) },
+	} {
+		for _, where := range []string{"files", "spares"} {
+			t.Run(name+" among the "+where, func(t *testing.T) {
+				r := replacer(t)
+				victim := filepath.Join(filepath.Dir(r.Dir), "victim")
+				if err := os.WriteFile(victim, []byte("v0"), 0o600); err != nil {
+					t.Fatal(err)
+				}
+				_ = os.Mkdir(r.Spares, 0o750)
+				path := filepath.Join(filepath.Dir(r.Dir), where, "f")
+				if err := put(path); err != nil {
+					t.Fatal(err)
+				}
+				for i := range 4 {
+					r.must(t, fmt.Sprintf("a%d", i))
+				}
+				if got, err := os.ReadFile(victim); string(got) != "v0" {
+					t.Errorf("behind the link is %q, %v", got, err)
+				}
+				if _, err := os.Stat(path + ".aside-1/kept"); name == "a directory" && err != nil {
+					t.Error(err)
+				}
+			})
+		}
+	}
+}
+
+func BenchmarkReplace(b *testing.B) {
+	const files = 10_000 // of as many guests, each in turn
+	r := replacer(b)
+	data := []byte(strings.Repeat("x", 250))
+	all := func() {
+		for i := range files {
+			if err := r.Replace(fmt.Sprintf("%d.json", i), data); err != nil {
+				b.Fatal(err)
+			}
+		}
+	}
+	all() // the file
+	all() // and its spare
+	for b.Loop() {
+		all()
+	}
+	b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/files, "ns/file")
+	b.ReportMetric(0, "ns/op")
+}

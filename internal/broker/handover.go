@@ -22,7 +22,7 @@ import (
 
 const (
 	// handOverVersion is of what is written below, whole. Whoever changes a member
-	// there, in presence.Carried or in session.Frozen raises it: a castrad of
+	// there, in what of presence is carried or in session.Frozen raises it: a castrad of
 	// another version takes nothing over, and the guests connect again.
 	handOverVersion = 2
 
@@ -43,6 +43,8 @@ type handOverHeader struct {
 	Head     uint64        `json:"head"`     // the log's newest record
 	VMs      int           `json:"vms"`
 	Sessions int           `json:"sessions"`
+
+	Refused []presence.CarriedRefusal `json:"refused,omitempty"`
 }
 
 // handOverVM is one VM. Connections come in the order of the VMs that have one.
@@ -102,7 +104,7 @@ func (b *Broker) park() {
 // freeze describes all VMs and the sessions that have stopped.
 func (b *Broker) freeze() (handOverHeader, []handOverVM, []int) {
 	quiet := b.quiet()
-	h := handOverHeader{Version: handOverVersion, Castrad: b.opts.Version, Clock: handover.Clock(), Head: b.events.Committed()}
+	h := handOverHeader{Version: handOverVersion, Castrad: b.opts.Version, Clock: handover.Clock(), Head: b.events.Committed(), Refused: b.table.CarryRefused()}
 	carried, sessions := b.table.Carry()
 	var fds []int
 	vms := make([]handOverVM, len(carried))

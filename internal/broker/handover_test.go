@@ -119,7 +119,11 @@ func TestHandOver(t *testing.T) {
 	reader.expect(`{"subscription":"quiet","payload":7}`)
 
 	acked := b.events.Committed() - 1
+	b.table.Refuse("stranger", wire.ReasonUnknownVM, true)
 	b = restart(t, b, 3)
+	if refused := b.Status(nil).Refused; len(refused) != 1 || refused[0].VM != "stranger" || !refused[0].HasKey {
+		t.Errorf("turned away were %+v", refused)
+	}
 	if vm, err := b.WaitAck(t.Context(), acked); err != nil || vm != "reader" {
 		t.Errorf("record %d was acknowledged by %q before the restart, %v", acked, vm, err)
 	}
@@ -543,7 +547,7 @@ func (f *flow) follow() {
 }
 
 func FuzzReadHandOver(f *testing.F) {
-	f.Add([]byte(`{"version":1,"castrad":"x","clock_ns":1,"head":7,"vms":1,"sessions":1}
+	f.Add([]byte(`{"version":2,"castrad":"x","clock_ns":1,"head":7,"vms":1,"sessions":1}
 {"vm":"g","reachable":true,"reason":"handshake","handshake_age_ns":1,"key_sha256":"00","session":{"token":"sess-0123456789abcdef0123456789abcdef","remote":"127.0.0.1:1","unread":"AAAA","unsent":"e30=","subscriptions":[{"name":"s","topic":"t.>","cursor":"c","start":1,"position":7,"next":8,"acked":3}]}}
 `))
 	f.Fuzz(func(t *testing.T, data []byte) {

@@ -70,6 +70,7 @@ func (b *Broker) resume(resumed map[string]bool) (n int, err error) {
 		return 0, err
 	}
 	elapsed := max(0, handover.Clock()-header.Clock)
+	b.table.ResumeRefused(header.Refused, elapsed)
 	// Nothing is published before all subscriptions are known again: what is must
 	// be delivered by notice, not found by each of them in the log.
 	sessions := make([]*session.Session, len(vms))

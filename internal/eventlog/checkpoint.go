@@ -27,6 +27,9 @@ func (p *perVM) checkpoint() error {
 
 // syncAll makes everything durable that was copied.
 func (p *perVM) syncAll() error {
+	if len(p.unsynced) >= p.opts.together && p.streamTree != nil && p.idTree != nil {
+		return p.syncTrees()
+	}
 	for _, vm := range p.unsynced { // by name: what was known of its files may have been forgotten
 		s, err := p.stream([]byte(vm))
 		if err != nil {
@@ -36,12 +39,7 @@ func (p *perVM) syncAll() error {
 			return err
 		}
 	}
-	for _, vm := range p.unsynced {
-		if s := p.known(vm); s != nil {
-			s.unsynced = false
-		}
-	}
-	p.unsynced = p.unsynced[:0]
+	p.allSynced()
 	if p.newDirs {
 		if err := p.log.opts.FS.SyncDir(p.opts.Dir); err != nil {
 			return err
@@ -55,6 +53,34 @@ func (p *perVM) syncAll() error {
 		p.newIDs = false
 	}
 	return nil
+}
+
+// syncTrees is syncAll where there are so many files that it is done at once.
+func (p *perVM) syncTrees() error {
+	if err := p.streamTree.Sync(); err != nil {
+		return fmt.Errorf("syncing the VMs' streams: %w", err)
+	}
+	if err := p.idTree.Sync(); err != nil {
+		return fmt.Errorf("syncing the VMs' ids: %w", err)
+	}
+	for _, vm := range p.unsynced {
+		if s := p.known(vm); s != nil {
+			s.st.unsynced = false
+		}
+	}
+	p.allSynced()
+	p.newDirs, p.newIDs = false, false
+	return nil
+}
+
+// allSynced notes that no file was written since it was synced.
+func (p *perVM) allSynced() {
+	for _, vm := range p.unsynced {
+		if s := p.known(vm); s != nil {
+			s.unsynced = false
+		}
+	}
+	p.unsynced = p.unsynced[:0]
 }
 
 type savedPosition struct {

@@ -83,6 +83,7 @@ func newCrashLife(seed uint64) *crashLife {
 	c.opts = testOptions("/log/bus")
 	c.opts.FS, c.opts.SegmentSize, c.opts.Retention, c.opts.Recent = c.disk, 2048, 10<<10, 4096
 	c.opts.PerVM.SegmentSize, c.opts.PerVM.Retention, c.opts.PerVM.idWindow = 1024, 4096, crashIDWindow
+	c.opts.PerVM.together = 1 + rng.IntN(len(crashVMs)) // one by one, or all at once
 	c.opts.OnDamage = func(d Damage) { c.violated("damage at %d of %s", d.Offset, d.File) }
 	switch seed % crashKinds {
 	case crashFaulty:

@@ -21,6 +21,8 @@ type FS interface {
 	Remove(name string) error
 	// SyncDir makes the creations, renames and removals in dir durable.
 	SyncDir(dir string) error
+	// OpenTree gives what syncs all that is in dir at once, nil where nothing can.
+	OpenTree(dir string) (Tree, error)
 }
 
 // File is an open file of an [FS].

@@ -34,6 +34,7 @@ type PerVMOptions struct {
 	OnAside func(file, name string)
 
 	idWindow int // 0: idWindow
+	together int // 0: syncTogether
 }
 
 const (
@@ -48,6 +49,11 @@ const (
 	// after the first copy since: what a start has to copy again at most.
 	checkpointBytes    = 64 << 20
 	checkpointInterval = 30 * time.Second
+
+	// syncTogether is from how many VMs on a checkpoint syncs the whole file system:
+	// each for itself takes milliseconds. For fewer, others would be kept busy with
+	// what they have not written yet.
+	syncTogether = 64
 )
 
 // perVM copies each record of the host stream to the streams of its sender and
@@ -84,12 +90,19 @@ type perVM struct {
 	lost     bool     // a sync has failed since then
 	failed   bool
 
+	// The trees of opts.Dir and opts.IDDir, open since before anything was written in
+	// them; nil where every file is synced by itself.
+	streamTree, idTree Tree
+
 	unswept []string  // VMs whose streams this round has still to look at
 	quiet   time.Time // streams not known have not been written to since
 }
 
-func openPerVM(l *Log, opts PerVMOptions) (*perVM, error) {
-	p := &perVM{
+func openPerVM(l *Log, opts PerVMOptions) (p *perVM, err error) {
+	if opts.together == 0 {
+		opts.together = syncTogether
+	}
+	p = &perVM{
 		log: l, opts: opts,
 		wake: make(chan struct{}, 1), quit: make(chan struct{}), done: make(chan struct{}),
 		forgettings: make(chan forgetting),
@@ -106,6 +119,17 @@ func openPerVM(l *Log, opts PerVMOptions) (*perVM, error) {
 		}
 	}
 	p.newDirs, p.newIDs = true, true // of a run that was killed
+	defer func() {
+		if err != nil {
+			_ = closeTrees(p.streamTree, p.idTree)
+		}
+	}()
+	if p.streamTree, err = l.opts.FS.OpenTree(opts.Dir); err != nil {
+		return nil, err
+	}
+	if p.idTree, err = l.opts.FS.OpenTree(opts.IDDir); err != nil {
+		return nil, err
+	}
 	saved, err := p.loadPosition()
 	if err != nil {
 		return nil, err
@@ -261,7 +285,7 @@ func (p *perVM) finish() error {
 		err = p.checkpoint()
 	}
 	p.open.closeAll()
-	return err
+	return errors.Join(err, closeTrees(p.streamTree, p.idTree))
 }
 
 // copyNew copies everything committed since position. After an error the files

@@ -237,15 +237,87 @@ func (d *simDisk) SyncDir(dir string) error {
 	if err := d.change("syncdir", dir); err != nil || ignored {
 		return err
 	}
-	for _, c := range node.changes {
+	node.sync()
+	return nil
+}
+
+// sync makes what was done to a file, or to a directory's own names, durable.
+func (n *simNode) sync() {
+	for _, w := range n.pending {
+		n.durable = w.apply(n.durable)
+	}
+	n.pending = n.pending[:0]
+	for _, c := range n.changes {
 		if c.node == nil {
-			delete(node.durableNames, c.name)
+			delete(n.durableNames, c.name)
 		} else {
-			node.durableNames[c.name] = c.node
+			n.durableNames[c.name] = c.node
 		}
 	}
-	node.changes = node.changes[:0]
+	n.changes = n.changes[:0]
+}
+
+// fail is sync on a disk that fails: the kernel drops some of what it could not write
+// and calls it clean. No later sync will write it, though it may be seen for a while
+// yet.
+func (d *simDisk) fail(n *simNode) {
+	n.durable = d.survive(n)
+	n.pending = n.pending[:0]
+	if d.rng.IntN(2) == 0 {
+		size := len(n.data)
+		n.data = append(n.data[:0], n.durable...)
+		n.data = grow(n.data, size)[:size]
+	}
+}
+
+func (d *simDisk) OpenTree(dir string) (Tree, error) { return &simTree{d, dir}, nil }
+
+// simTree promises no more than its directory, though syncfs(2) is of the whole disk.
+type simTree struct {
+	d   *simDisk
+	dir string
+}
+
+func (t *simTree) Close() error { return nil }
+
+func (t *simTree) Sync() error {
+	ignored := t.d.synced()
+	_, node, err := t.d.find(t.dir)
+	if err != nil {
+		return err
+	}
+	if err := t.d.change("synctree", t.dir); err != nil {
+		t.d.syncSome(node)
+		return err
+	}
+	if !ignored {
+		node.syncAll()
+	}
 	return nil
+}
+
+// syncAll makes n and all below it durable.
+func (n *simNode) syncAll() {
+	n.sync()
+	for _, below := range n.names {
+		below.syncAll()
+	}
+}
+
+// syncSome is syncAll on a disk that fails: each node may be durable, be as before, or
+// have lost what was not.
+func (d *simDisk) syncSome(n *simNode) {
+	switch d.rng.IntN(3) {
+	case 0:
+		n.sync()
+	case 1:
+		if !n.dir {
+			d.fail(n)
+		}
+	}
+	for _, name := range slices.Sorted(maps.Keys(n.names)) {
+		d.syncSome(n.names[name])
+	}
 }
 
 // simInfo is both what a directory says of a file and what Stat does.
@@ -311,24 +383,12 @@ func (f *simFile) Truncate(size int64) error {
 func (f *simFile) Sync() error {
 	ignored := f.d.synced()
 	if err := f.d.change("sync", f.path); err != nil {
-		// The kernel drops some of what it could not write and calls it clean:
-		// no later sync will write it, though it may be seen for a while yet.
-		f.n.durable = f.d.survive(f.n)
-		f.n.pending = f.n.pending[:0]
-		if f.d.rng.IntN(2) == 0 {
-			size := len(f.n.data)
-			f.n.data = append(f.n.data[:0], f.n.durable...)
-			f.n.data = grow(f.n.data, size)[:size]
-		}
+		f.d.fail(f.n)
 		return err
 	}
-	if ignored {
-		return nil
+	if !ignored {
+		f.n.sync()
 	}
-	for _, w := range f.n.pending {
-		f.n.durable = w.apply(f.n.durable)
-	}
-	f.n.pending = f.n.pending[:0]
 	return nil
 }
 

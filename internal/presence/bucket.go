@@ -1,6 +1,7 @@
 package presence
 
 import (
+	"math"
 	"sync"
 	"time"
 )
@@ -86,4 +87,37 @@ func (b *Bucket) Idle(now time.Time) time.Duration {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return now.Sub(b.at)
+}
+
+// Level is what is left in a bucket, for one of the castrad that comes next. Age is
+// since when.
+type Level struct {
+	Records float64       `json:"records"`
+	Bytes   float64       `json:"bytes"`
+	Age     time.Duration `json:"age_ns"`
+}
+
+// worthCarrying is for how long something may not have been taken out of a bucket that
+// is carried on; all but the slowest are full by then.
+const worthCarrying = time.Hour
+
+// level gives what is left, nil where that is as good as a new bucket.
+func (b *Bucket) level(now time.Time) *Level {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	l := Level{b.records, b.bytes, now.Sub(b.at)}
+	if b.at.IsZero() || l.Age > worthCarrying || math.IsInf(l.Records+l.Bytes, 0) || math.IsNaN(l.Records+l.Bytes) {
+		return nil
+	}
+	return &l
+}
+
+// setLevel makes what is left in a new bucket that of another one, elapsed ago.
+func (b *Bucket) setLevel(l *Level, now time.Time, elapsed time.Duration) {
+	if l == nil {
+		return
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.records, b.bytes, b.at = l.Records, l.Bytes, now.Add(-l.Age-elapsed)
 }

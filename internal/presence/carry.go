@@ -23,6 +23,40 @@ type Carried struct {
 	Published    uint64         `json:"published,omitempty"`
 	Limited      uint64         `json:"limited,omitempty"`
 	LimitedLast  *time.Duration `json:"limited_age_ns,omitempty"`
+	// What is left of its shares: a restart gives nobody a new one.
+	Share      *Level `json:"share,omitempty"`
+	Handshakes *Level `json:"handshakes,omitempty"`
+}
+
+// CarriedRefusal is a name that was turned away, for the table that comes next.
+type CarriedRefusal struct {
+	VM     string        `json:"vm"`
+	Reason string        `json:"reason"`
+	HasKey bool          `json:"has_key,omitempty"`
+	Age    time.Duration `json:"age_ns"`
+	Known  bool          `json:"known,omitempty"`
+	Times  int           `json:"times"`
+}
+
+// CarryRefused describes the names turned away, the oldest first.
+func (t *Table) CarryRefused() []CarriedRefusal {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	var all []CarriedRefusal
+	for _, r := range t.refused {
+		all = append(all, CarriedRefusal{r.vm, r.reason, r.hasKey, time.Since(r.at), r.known, r.times})
+	}
+	return all
+}
+
+// ResumeRefused takes in, elapsed after it was made, what CarryRefused gave. Nobody was
+// turned away here yet.
+func (t *Table) ResumeRefused(all []CarriedRefusal, elapsed time.Duration) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, r := range all[:min(len(all), maxRefused)] {
+		t.refused = append(t.refused, refusal{vm: r.VM, reason: r.Reason, hasKey: r.HasKey, at: time.Now().Add(-r.Age - elapsed), known: r.Known, times: r.Times})
+	}
 }
 
 // Sessions lists the live sessions.
@@ -42,7 +76,7 @@ func (t *Table) Sessions() []Session {
 func (t *Table) Carry() ([]Carried, []Session) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	now := t.now()
+	now, wall := t.now(), time.Now()
 	age := func(at int64) *time.Duration {
 		if at == 0 {
 			return nil
@@ -69,6 +103,7 @@ func (t *Table) Carry() ([]Carried, []Session) {
 			Handshake: since(v.handshake), Subscribed: since(v.subscribed),
 			Frame: age(v.frame.Load()), Publish: age(v.publish.Load()), Heartbeat: age(v.heartbeat.Load()),
 			Published: v.published.Load(), Limited: v.limited.Load(), LimitedLast: age(v.limitedAt.Load()),
+			Share: v.Limit.level(wall), Handshakes: v.pace.level(wall),
 		})
 		sessions = append(sessions, v.session)
 	}
@@ -111,6 +146,8 @@ func (t *Table) Resume(c *Carried, s Session, elapsed time.Duration) *VM {
 	v.published.Store(c.Published)
 	v.limited.Store(c.Limited)
 	v.limitedAt.Store(at(c.LimitedLast))
+	v.Limit.setLevel(c.Share, time.Now(), elapsed)
+	v.pace.setLevel(c.Handshakes, time.Now(), elapsed)
 	v.frame.Store(at(c.Frame))
 	v.reachable, v.reason = c.Reachable, c.Reason
 	switch {

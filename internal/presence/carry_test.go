@@ -2,6 +2,7 @@ package presence
 
 import (
 	"fmt"
+	"math"
 	"slices"
 	"testing"
 	"testing/synctest"
@@ -96,4 +97,74 @@ silent unreachable sess-silent 127.0.0.1:silent [t] 3 57s 57s never
 			t.Errorf("announced: %v", got)
 		}
 	})
+}
+
+// A restart gives nobody a new share, and hides nobody who was turned away.
+func TestCarryLimits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		rate := Rate{Records: 1, Burst: 10, Bytes: 1000}
+		old := New(Options{ReachableWithin: 45 * time.Second, SessionTimeout: time.Minute})
+		v, _, err := old.Connect("busy", &fakeSession{token: "sess-busy"}, "127.0.0.1:1", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, ok := old.Pace("busy", Rate{Records: 0.01, Burst: 1, Bytes: 1}, 0); !ok {
+			t.Fatal("the first handshake has to wait")
+		}
+		for range 10 {
+			if v.Limit.Take(rate, 1, time.Now()) != 0 {
+				t.Fatal("the burst is short")
+			}
+		}
+		old.Know("shut")
+		for range 3 {
+			old.Refuse("shut", "auth-failed", true)
+		}
+		time.Sleep(time.Second)
+		old.Refuse("stranger", "unknown-vm", true)
+
+		carried, with := old.Carry()
+		refused := old.CarryRefused()
+		const away = 2 * time.Second
+		time.Sleep(away)
+		tab := New(old.opts)
+		tab.ResumeRefused(refused, away)
+		v = tab.Resume(&carried[0], with[0], away)
+		for i := range 4 { // a record a second, since the burst
+			if wait := v.Limit.Take(rate, 1, time.Now()); (wait == 0) != (i < 3) {
+				t.Errorf("record %d has to wait %v", i+1, wait)
+			}
+		}
+		if _, ok := tab.Pace("busy", Rate{Records: 0.01, Burst: 1, Bytes: 1}, time.Second); ok {
+			t.Error("a restart lets another handshake in")
+		}
+		got := fmt.Sprint(tab.Refused())
+		if want := fmt.Sprint(old.Refused()); got != want || len(refused) != 2 {
+			t.Errorf("turned away:\n%s, and were\n%s", got, want)
+		}
+		if len(tab.refused) != 2 || !tab.refused[0].known || tab.refused[0].times != 3 {
+			t.Errorf("%+v", tab.refused)
+		}
+	})
+}
+
+// What JSON cannot say must not cost anybody the hand-over.
+func TestLevel(t *testing.T) {
+	now := time.Unix(1, 0)
+	var b Bucket
+	if l := b.level(now); l != nil {
+		t.Errorf("a bucket that nobody used is at %+v", l)
+	}
+	b.Take(Rate{Records: 1, Burst: math.Inf(1), Bytes: 1}, 0, now)
+	if l := b.level(now); l != nil {
+		t.Errorf("a bucket without a bottom is at %+v", l)
+	}
+	var c Bucket
+	c.Take(Rate{Records: 1, Burst: 5, Bytes: 1}, 0, now)
+	if l := c.level(now.Add(worthCarrying)); l == nil || l.Records != 4 {
+		t.Errorf("it is at %+v", l)
+	}
+	if l := c.level(now.Add(worthCarrying + 1)); l != nil {
+		t.Errorf("long ago it was at %+v", l)
+	}
 }

@@ -44,7 +44,7 @@ var rules = map[string]rule{
 	"backoff":   {layer: 0},
 	"bus":       {layer: 0},
 	"config":    {layer: 0, uses: []string{toml}},
-	"eventlog":  {layer: 0},
+	"eventlog":  {layer: 0, uses: []string{xsys}},
 	"flags":     {layer: 0},
 	"handover":  {layer: 0, uses: []string{xsys}},
 	"logging":   {layer: 0, uses: []string{logrus, goSystemd}},

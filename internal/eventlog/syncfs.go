@@ -5,9 +5,9 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"runtime"
 	"slices"
-	"syscall"
+
+	"golang.org/x/sys/unix"
 )
 
 // Tree is a directory with all that is in it, which is made durable at once: one call
@@ -20,30 +20,21 @@ type Tree interface {
 	Close() error
 }
 
-// syncfs is the number of syncfs(2), which package syscall has not for every
-// architecture (Linux: arch/x86/entry/syscalls/syscall_64.tbl,
-// include/uapi/asm-generic/unistd.h); 0: not known here.
-var syncfs = map[string]uintptr{"amd64": 306, "arm64": 267}[runtime.GOARCH]
-
-// wholeTrees are the file systems, by their magic numbers (linux/magic.h), of which
+// wholeTrees are the file systems, by their magic numbers, of which
 // syncfs has been read to wait for the disk and to tell of errors. Others may only
 // hand the bytes on (FUSE), or tell nobody.
 var wholeTrees = []int64{
-	0xef53,     // ext4
-	0x58465342, // XFS
-	0x9123683e, // btrfs
-	0xf2f52010, // F2FS
-	0x01021994, // tmpfs
+	unix.EXT4_SUPER_MAGIC, unix.XFS_SUPER_MAGIC, unix.BTRFS_SUPER_MAGIC, unix.F2FS_SUPER_MAGIC, unix.TMPFS_MAGIC,
 }
 
 // OpenTree gives the tree of dir, nil where its file system cannot be trusted with it.
 func (osFS) OpenTree(dir string) (Tree, error) {
-	var st syscall.Statfs_t
-	if err := syscall.Statfs(dir, &st); err != nil {
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err != nil {
 		return nil, &os.PathError{Op: "statfs", Path: dir, Err: err}
 	}
 	// Signed or not, and 32 or 64 bits, that field is the architecture's.
-	if syncfs == 0 || !slices.Contains(wholeTrees, int64(st.Type)) || !syncfsTells() { //nolint:unconvert // see above
+	if !slices.Contains(wholeTrees, int64(st.Type)) || !syncfsTells() { //nolint:unconvert // see above
 		return nil, nil
 	}
 	// Errors count from here on, so it stays open.
@@ -57,16 +48,12 @@ func (osFS) OpenTree(dir string) (Tree, error) {
 // syncfsTells says whether this kernel's syncfs returns errors at all, which it does
 // since Linux 5.8 (syncfs(2)).
 func syncfsTells() bool {
-	var u syscall.Utsname
-	if syscall.Uname(&u) != nil {
+	var u unix.Utsname
+	if unix.Uname(&u) != nil {
 		return false
 	}
-	release := make([]byte, 0, len(u.Release))
-	for _, c := range u.Release {
-		release = append(release, byte(c))
-	}
 	var major, minor int
-	if n, err := fmt.Sscanf(string(release), "%d.%d", &major, &minor); n < 2 || err != nil {
+	if n, err := fmt.Sscanf(unix.ByteSliceToString(u.Release[:]), "%d.%d", &major, &minor); n < 2 || err != nil {
 		return false
 	}
 	return major > 5 || major == 5 && minor >= 8
@@ -76,12 +63,7 @@ func syncfsTells() bool {
 type osTree struct{ f osFile }
 
 func (t osTree) Sync() error {
-	return t.f.control("syncfs", func(fd int) error {
-		if _, _, errno := syscall.Syscall(syncfs, uintptr(fd), 0, 0); errno != 0 {
-			return errno
-		}
-		return nil
-	})
+	return t.f.control("syncfs", unix.Syncfs)
 }
 
 func (t osTree) Close() error { return t.f.Close() }

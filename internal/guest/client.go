@@ -161,7 +161,7 @@ func (c *client) take(m *wire.Message) {
 		return
 	}
 	a := &answer{ack: wire.Ack{
-		Kind: kindOf(m), Topic: bytes.Clone(m.Topic), ID: bytes.Clone(m.ID), Subscription: []byte(subscriptionOf(m)),
+		Kind: m.AckKind(), Topic: bytes.Clone(m.Topic), ID: bytes.Clone(m.ID), Subscription: []byte(subscriptionOf(m)),
 	}}
 	if m.Type == wire.TypePublish && m.Topic == nil {
 		a.ack.Topic = []byte(defaultTopic)
@@ -356,21 +356,5 @@ func subscriptionOf(m *wire.Message) string {
 		return string(m.Topic)
 	default:
 		return ""
-	}
-}
-
-// kindOf is the word that the answer to m carries.
-func kindOf(m *wire.Message) string {
-	switch m.Type {
-	case wire.TypePublish:
-		return "publish"
-	case wire.TypeSubscribe:
-		return "subscribe"
-	case wire.TypeUnsubscribe:
-		return "unsubscribe"
-	case wire.TypeHeartbeat:
-		return "heartbeat"
-	default:
-		return wire.Clip(m.TypeName)
 	}
 }

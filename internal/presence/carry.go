@@ -115,6 +115,7 @@ func (t *Table) Carry() ([]Carried, []Session) {
 // is told of, unless the VM was reachable and is no longer. Where the VM has been
 // heard of here already it does nothing and gives nil.
 func (t *Table) Resume(c *Carried, s Session, elapsed time.Duration) *VM {
+	defer t.wake()
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if old := t.vms[c.VM]; old != nil && !old.handshake.IsZero() {
@@ -162,7 +163,6 @@ func (t *Table) Resume(c *Carried, s Session, elapsed time.Duration) *VM {
 		}
 	}
 	t.touched[v.name] = struct{}{}
-	t.wake()
 	return v
 }
 

@@ -6,7 +6,6 @@ package presence
 import (
 	"errors"
 	"sync"
-	"sync/atomic"
 	"time"
 )
 
@@ -26,39 +25,6 @@ type Change struct {
 	VM        string
 	Reachable bool
 	Reason    string
-}
-
-// VM is what is known of one VM. Its methods may be called by anybody; the
-// fields below mu belong to the table.
-type VM struct {
-	name  string
-	table *Table
-
-	// When last, in ns since the table began; 0: never.
-	frame, publish, heartbeat, limitedAt atomic.Int64
-	silent                               atomic.Bool // the sweep found it so
-	published, limited                   atomic.Uint64
-
-	// Limit is its share of what the broker takes, and Frames of what it looks at,
-	// kept across its sessions.
-	Limit, Frames Bucket
-	searching     atomic.Bool
-
-	// Under the table's lock:
-	reachable   bool
-	reason      string
-	session     Session
-	remote      string
-	caps        []string
-	topics      []string
-	handshake   time.Time // with the monotonic clock; zero: never
-	subscribed  time.Time // the last change of its subscriptions
-	recorded    int64     // when what there is of it was taken to be written down; 0: never
-	handshakeOK bool      // reachable by a handshake-only guest's word
-	known       bool      // registered: kept however many names there are
-	forgotten   bool      // goes when its session does
-	pace        Bucket    // of its handshakes
-	rivals      rivalry
 }
 
 // Session is a live session, as far as the table needs to know it.
@@ -259,6 +225,7 @@ var (
 // replaces, nil if there was none. The error is one of the two above; a VM that
 // replaces its own session needs no further one.
 func (t *Table) Connect(name string, s Session, remote string, caps []string) (v *VM, old Session, err error) {
+	defer t.wake()
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if v = t.vms[name]; (v == nil || v.session == nil) && t.opts.MaxSessions > 0 && t.live >= t.opts.MaxSessions {
@@ -277,7 +244,6 @@ func (t *Table) Connect(name string, s Session, remote string, caps []string) (v
 	v.frame.Store(t.now())
 	v.silent.Store(false)
 	t.set(v, true, ReasonHandshake)
-	t.wake()
 	return v, old, nil
 }
 
@@ -297,6 +263,7 @@ func (t *Table) Pace(name string, r Rate, most time.Duration) (wait time.Duratio
 // Disconnect ends s, unless a newer session has replaced it: the close of an
 // old one never touches the newer one's state. It tells whether it did.
 func (t *Table) Disconnect(v *VM, s Session) bool {
+	defer t.wake()
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if v.session != s {
@@ -312,12 +279,12 @@ func (t *Table) Disconnect(v *VM, s Session) bool {
 	if v.forgotten {
 		t.drop(v)
 	}
-	t.wake()
 	return true
 }
 
 // Attend notes an ok given to a handshake-only guest.
 func (t *Table) Attend(name, remote string, caps []string) bool {
+	defer t.wake()
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	v := t.vm(name)
@@ -329,7 +296,6 @@ func (t *Table) Attend(name, remote string, caps []string) bool {
 		v.remote, v.caps, v.handshakeOK = remote, caps, true
 		t.set(v, true, ReasonHandshake)
 	}
-	t.wake()
 	return true
 }
 
@@ -343,39 +309,6 @@ func (t *Table) Subscribed(v *VM, s Session, topics []string) {
 	t.mu.Unlock()
 	t.wake()
 }
-
-// Heard notes that a frame arrived.
-func (v *VM) Heard() {
-	v.frame.Store(v.table.now())
-	if v.silent.Load() {
-		v.table.awake(v)
-	}
-}
-
-// Heartbeat notes a heartbeat frame.
-func (v *VM) Heartbeat() { v.heartbeat.Store(v.table.now()) }
-
-// Published notes n records accepted from the VM.
-func (v *VM) Published(n int) {
-	v.publish.Store(v.table.now())
-	v.published.Add(uint64(n))
-}
-
-// Limited notes a publish refused for its rate.
-func (v *VM) Limited() {
-	v.limitedAt.Store(v.table.now())
-	v.limited.Add(1)
-}
-
-// Search tells whether the VM may search the log: only where it is not doing so
-// already, be it for a session that has ended. SearchDone must follow.
-func (v *VM) Search() bool { return v.searching.CompareAndSwap(false, true) }
-
-// SearchDone tells that the search is over.
-func (v *VM) SearchDone() { v.searching.Store(false) }
-
-// Name gives the VM's name.
-func (v *VM) Name() string { return v.name }
 
 // awake makes a silent VM with a session reachable again.
 func (t *Table) awake(v *VM) {

@@ -46,6 +46,7 @@ func (r *rivalry) calm(now time.Time) bool {
 // else ok is false and he may not. begun tells that from now on the name counts as
 // contended.
 func (t *Table) Contend(name string, most time.Duration) (wait time.Duration, ok, begun bool) {
+	defer t.wake()
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	v := t.vms[name]
@@ -68,7 +69,6 @@ func (t *Table) Contend(name string, most time.Duration) (wait time.Duration, ok
 	}
 	if begun = !before; begun {
 		t.touched[name] = struct{}{}
-		t.wake()
 	}
 	at := now
 	if r.next.After(now) {
@@ -86,6 +86,7 @@ func (t *Table) Contend(name string, most time.Duration) (wait time.Duration, ok
 // of longest ago, if there is no room left for that of the registered VM called
 // name; nil if there is room, or no such session. It is the caller's to end.
 func (t *Table) MakeWay(name string) Session {
+	defer t.wake()
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if v := t.vms[name]; v == nil || !v.known || v.session != nil || t.opts.MaxSessions <= 0 || t.live < t.opts.MaxSessions {
@@ -104,6 +105,5 @@ func (t *Table) MakeWay(name string) Session {
 	oldest.session, oldest.topics, oldest.remote = nil, nil, ""
 	t.live--
 	t.set(oldest, false, ReasonDisconnected)
-	t.wake()
 	return s
 }

@@ -209,7 +209,7 @@ func (s *Session) burst(ws **workspace, data []byte) (left []byte, err error) {
 func (s *Session) frame(ws **workspace, rest []byte) ([]byte, error) {
 	w := *ws
 	m := &w.msg
-	kind := ackKind(m)
+	kind := m.AckKind()
 	s.woken = s.woken && (m.Type == wire.TypeHeartbeat || m.Type == wire.TypeAck)
 	s.spent++
 	if m.Type == wire.TypeSubscribe || m.Type == wire.TypeUnsubscribe {

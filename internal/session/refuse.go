@@ -48,24 +48,6 @@ func Refuse(err error) *bus.Error {
 	return refusal
 }
 
-// ackKind is the word that an answer to m carries.
-func ackKind(m *wire.Message) string {
-	switch m.Type {
-	case wire.TypePublish:
-		return "publish"
-	case wire.TypeSubscribe:
-		return "subscribe"
-	case wire.TypeUnsubscribe:
-		return "unsubscribe"
-	case wire.TypeHeartbeat:
-		return "heartbeat"
-	case wire.TypeAck:
-		return "ack"
-	default:
-		return wire.Clip(m.TypeName)
-	}
-}
-
 // notes holds when a session's run into a limit was last recorded, and how often it
 // has done so since. Each limit is its reader's or its writer's to note.
 type notes struct {

@@ -70,3 +70,22 @@ type Message struct {
 	// code too-large; the session lives on.
 	TooLarge bool
 }
+
+// AckKind is the word that an answer to m carries: its type, clipped where it is none
+// that is known here.
+func (m *Message) AckKind() string {
+	switch m.Type {
+	case TypePublish:
+		return "publish"
+	case TypeSubscribe:
+		return "subscribe"
+	case TypeUnsubscribe:
+		return "unsubscribe"
+	case TypeHeartbeat:
+		return "heartbeat"
+	case TypeAck:
+		return "ack"
+	default:
+		return Clip(m.TypeName)
+	}
+}

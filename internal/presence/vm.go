@@ -69,4 +69,3 @@ func (v *VM) SearchDone() { v.searching.Store(false) }
 
 // Name gives the VM's name.
 func (v *VM) Name() string { return v.name }
-

@@ -161,8 +161,8 @@ func TestPackages(t *testing.T) {
 // TestInstall is an administrator's: install, use, edit, upgrade, remove, purge, with
 // apt, offline, on a Debian that runs.
 func TestInstall(t *testing.T) {
+	h := boot(t) // first: where there is none nothing is built, beside make packages
 	packages := debs(t, "castrad", "castractl", "castra-guestd")
-	h := boot(t)
 	mustRun(t, sudo(append(append([]string{"cp"}, packages...), filepath.Join(h.tree, "root"))...)...)
 	apt := func(command string) string {
 		h.Helper()

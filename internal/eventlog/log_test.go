@@ -235,6 +235,16 @@ func TestRetentionGivesGap(t *testing.T) {
 	for range 1000 {
 		publish(t, l, "web1", "t", "", big)
 	}
+	waitFor(t, "web1's stream has what goes, and it is gone", func() bool {
+		files, _ := filepath.Glob(filepath.Join(o.Dir, "*.jsonl"))
+		var size int64
+		for _, f := range files {
+			if st, err := os.Stat(f); err == nil {
+				size += st.Size()
+			}
+		}
+		return size <= o.Retention+o.SegmentSize
+	})
 	var rec Record
 	_, err := r.Next(&rec)
 	var gap *Gap

@@ -71,11 +71,11 @@ func (b *Broker) committed(c eventlog.Commit) {
 		})
 	}
 	x.mu.RUnlock()
-	for i, s := range x.woken {
-		s.Wake()
-		x.woken[i] = nil
+	if len(x.woken) > 0 {
+		b.couriers.Wake(x.woken...)
+		clear(x.woken) // not to keep sessions alive
+		x.woken = x.woken[:0]
 	}
-	x.woken = x.woken[:0]
 	b.tails.wake()
 }
 

@@ -131,10 +131,11 @@ type Options struct {
 	MaxSubscriptions int
 	// Scans has room for as many subscribers as may search the log backwards at
 	// once: such a search reads at disk speed for as long as it takes.
-	Scans chan struct{}
-	Lazy  bool // acks are given before records are durable, and say so
-	Log   *eventlog.Log
-	Idle  *Idle // where sessions wait that have nothing to do
+	Scans    chan struct{}
+	Lazy     bool // acks are given before records are durable, and say so
+	Log      *eventlog.Log
+	Idle     *Idle     // where sessions wait that have nothing to do
+	Couriers *Couriers // who delivers
 }
 
 // Conn is what a session runs over: a TCP or Unix stream connection.

@@ -1,8 +1,8 @@
 // Package session serves one guest connection: the handshake, then frames in
 // and deliveries out.
 //
-// A session runs one goroutine, which reads, and while there is something to
-// deliver a second one. The right to write to the connection is a token, and so
+// A session runs one goroutine, which reads; couriers, who serve all sessions,
+// deliver. The right to write to the connection is a token, and so
 // is the right to touch what the session is subscribed to.
 package session
 

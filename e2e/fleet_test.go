@@ -107,7 +107,7 @@ func (f *fleetRun) ask(what string) fleetStats {
 
 func (f *fleetRun) untilConnected(n int) {
 	f.Helper()
-	f.until(fmt.Sprintf("%d guests are connected", n), func() error {
+	f.within(4*hang, fmt.Sprintf("%d guests are connected", n), func() error {
 		if got := f.ask("tell").Connected; got != n {
 			return fmt.Errorf("%d are", got)
 		}

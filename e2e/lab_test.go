@@ -103,12 +103,13 @@ func (l *lab) stop(name string, cmd *exec.Cmd) {
 	_ = cmd.Wait() // how it ended is its test's to judge
 }
 
-// bus starts a private message bus and returns its address.
+// bus starts a private message bus and returns its address. At the address of the same
+// name that is no file, those reach it who may not enter the directory, see asNobody.
 func (l *lab) bus(name string) string {
 	l.Helper()
 	address := "unix:path=" + l.path(name+".bus")
-	conf := l.write(name+"-bus.conf", `<busconfig><type>session</type><listen>%s</listen><auth>EXTERNAL</auth>
-<policy context="default"><allow user="*"/><allow send_destination="*" eavesdrop="true"/><allow eavesdrop="true"/><allow own="*"/></policy></busconfig>`, address)
+	conf := l.write(name+"-bus.conf", `<busconfig><type>session</type><listen>%s</listen><listen>%s</listen><auth>EXTERNAL</auth>
+<policy context="default"><allow user="*"/><allow send_destination="*" eavesdrop="true"/><allow eavesdrop="true"/><allow own="*"/></policy></busconfig>`, address, abstract(address))
 	l.start(name+"-bus", nil, "dbus-daemon", "--nofork", "--nopidfile", "--nosyslog", "--config-file="+conf)
 	l.until("the message bus is there", func() error {
 		_, err := os.Stat(l.path(name + ".bus"))
@@ -116,6 +117,9 @@ func (l *lab) bus(name string) string {
 	})
 	return address
 }
+
+// abstract is the abstract address with the name of a file's (unix(7)).
+func abstract(address string) string { return strings.Replace(address, "unix:path=", "unix:abstract=", 1) }
 
 // castrad starts the host's daemon, and returns when it answers.
 func (l *lab) castrad() {

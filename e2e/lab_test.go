@@ -119,7 +119,9 @@ func (l *lab) bus(name string) string {
 }
 
 // abstract is the abstract address with the name of a file's (unix(7)).
-func abstract(address string) string { return strings.Replace(address, "unix:path=", "unix:abstract=", 1) }
+func abstract(address string) string {
+	return strings.Replace(address, "unix:path=", "unix:abstract=", 1)
+}
 
 // castrad starts the host's daemon, and returns when it answers.
 func (l *lab) castrad() {

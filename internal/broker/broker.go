@@ -97,6 +97,7 @@ type Broker struct {
 	left       []presence.Change // what a castrad that was killed had no time to say
 	scans      chan struct{}     // see session.Options.Scans
 	idle       *session.Idle
+	couriers   *session.Couriers
 
 	// admission is held for writing while names or keys change, and for reading
 	// while a guest is let in by them.
@@ -114,7 +115,7 @@ type Broker struct {
 
 // Open recovers the log and makes a broker that serves nobody yet.
 func Open(opts Options) (*Broker, error) {
-	b := &Broker{opts: opts, log: opts.Log, began: time.Now(), scans: make(chan struct{}, maxScans)}
+	b := &Broker{opts: opts, log: opts.Log, began: time.Now(), scans: make(chan struct{}, maxScans), couriers: session.NewCouriers()}
 	settings := opts.Settings
 	b.settings.Store(&settings)
 	b.files = openFiles()
@@ -154,6 +155,7 @@ func Open(opts Options) (*Broker, error) {
 	b.work.Go(func() { b.cursors.run(b.ctx2, func(err error) { b.note(partCursors, err) }) })
 	b.work.Go(b.sweep)
 	b.work.Go(b.watchIdle)
+	b.work.Go(func() { b.couriers.Run(b.ctx2) })
 	b.work.Go(b.watchStrangers)
 	b.work.Go(b.announce)
 	return b, nil
@@ -338,6 +340,6 @@ func (b *Broker) sessionOptions() *session.Options { return b.sessions.Load() }
 func (b *Broker) configureSessions(s *Settings) {
 	b.sessions.Store(&session.Options{
 		HandshakeTimeout: s.HandshakeTimeout, WriteTimeout: s.SessionTimeout,
-		MaxSubscriptions: s.MaxSubscriptions, Scans: b.scans, Lazy: b.events.Lazy(), Log: b.events, Idle: b.idle,
+		MaxSubscriptions: s.MaxSubscriptions, Scans: b.scans, Lazy: b.events.Lazy(), Log: b.events, Idle: b.idle, Couriers: b.couriers,
 	})
 }

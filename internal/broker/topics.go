@@ -71,12 +71,12 @@ func (b *Broker) committed(c eventlog.Commit) {
 		})
 	}
 	x.mu.RUnlock()
-	for i, s := range x.woken {
-		s.Wake()
-		x.woken[i] = nil
-	}
-	x.woken = x.woken[:0]
 	b.tails.wake()
+	if len(x.woken) > 0 {
+		b.couriers.Wake(x.woken...)
+		clear(x.woken) // not to keep sessions alive
+		x.woken = x.woken[:0]
+	}
 }
 
 // notify tells the subscriptions that match rec. Where it is not audible only

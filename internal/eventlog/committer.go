@@ -36,6 +36,7 @@ type committer struct {
 	group  []*Batch
 	chunk  *chunk   // being filled
 	inside []*Entry // entries whose record, or whose first record, is in chunk
+	fresh  []*chunk // committed, and still to be told of
 
 	syncTimer, retryTimer, expireTimer *time.Timer
 }
@@ -130,6 +131,27 @@ drain:
 		b.done <- struct{}{}
 		c.group[i] = nil // not to keep a publisher's buffers alive
 	}
+	l.tell()
+}
+
+// tell makes what was committed known. Whoever it wakes last is run first once the
+// committer waits again, on the processor that it leaves: a subscriber is not to
+// wait for the acks, nor either of them for the copies to the VMs' streams.
+func (l *Log) tell() {
+	c := &l.c
+	if len(c.fresh) == 0 {
+		return
+	}
+	if l.perVM != nil {
+		l.perVM.notify()
+	}
+	for i, chunk := range c.fresh {
+		if l.opts.OnCommit != nil {
+			l.opts.OnCommit(Commit{chunk})
+		}
+		c.fresh[i] = nil // not to keep it longer than memory has room for it
+	}
+	c.fresh = c.fresh[:0]
 }
 
 // size is an upper bound of what the batch's lines take.
@@ -228,14 +250,10 @@ func (l *Log) flush(now time.Time) error {
 	l.committed.Store(last)
 	if l.perVM != nil {
 		l.perVM.ids.commit()
-		l.perVM.notify()
 	}
 	l.healthy()
-	done := c.chunk
+	c.fresh = append(c.fresh, c.chunk)
 	c.chunk, c.inside = nil, c.inside[:0] // a later failure must not touch what is committed
-	if l.opts.OnCommit != nil {
-		l.opts.OnCommit(Commit{done})
-	}
 	return nil
 }
 

@@ -85,8 +85,8 @@ type Options struct {
 	// PerVM, if not nil, keeps a stream a VM and the ids that make retries safe.
 	PerVM *PerVMOptions
 
-	// OnCommit is called by the committer after each commit, before the
-	// publishers are released. It must be quick and must not call Append.
+	// OnCommit is called by the committer after each commit, in order, when the
+	// publishers have been released. It must be quick and must not call Append.
 	OnCommit func(Commit)
 	// OnState is called when the log becomes degraded or recovers, from one
 	// goroutine, with how the log is by then.

@@ -54,6 +54,10 @@ const (
 	// each for itself takes milliseconds. For fewer, others would be kept busy with
 	// what they have not written yet.
 	syncTogether = 64
+
+	// gatherTime is how long copying waits after a commit for more: a goroutine woken
+	// and a write for each record would cost as much as its commit.
+	gatherTime = 5 * time.Millisecond
 )
 
 // perVM copies each record of the host stream to the streams of its sender and
@@ -224,10 +228,21 @@ func (p *perVM) run() {
 	checkpoint := stoppedTimer()
 	retry := stoppedTimer()
 	sweep := time.NewTimer(0)
+	gather := stoppedTimer()
 	armed := false
+	wake := p.wake // nil while gathering: nobody is to be woken meanwhile
 	for {
 		select {
-		case <-p.wake:
+		case <-wake:
+			wake = nil
+			gather.Reset(gatherTime)
+			continue
+		case <-gather.C:
+			wake = p.wake
+			select {
+			case <-wake: // told of what is copied now
+			default:
+			}
 		case <-retry.C:
 		case <-checkpoint.C:
 			armed = false

@@ -57,6 +57,24 @@ func (r *Reader) Close() {
 	}
 }
 
+// Near tells whether Next gives what is in memory, and does not wait for a disk.
+func (r *Reader) Near() bool {
+	if r.vm != nil || r.ahead != nil {
+		return false
+	}
+	if m := r.mem; m != nil && r.next >= m.first && r.next <= m.last() {
+		return true
+	}
+	if r.next > r.log.Committed() {
+		return true // there is nothing yet
+	}
+	if r.disk != nil || r.next < r.log.stream.oldest() {
+		return false
+	}
+	r.mem = r.log.recent.find(r.next)
+	return r.mem != nil
+}
+
 // Next gives the next committed record, false where there is none yet. rec is
 // valid until the next call. The error is a *Gap, behind which the next call
 // goes on, or one of the disk.

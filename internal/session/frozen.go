@@ -200,10 +200,10 @@ func (s *Session) Enrol(guest Guest, f *Frozen) {
 // Resume runs a session that was enrolled, and returns and calls done as [Serve] does.
 func (s *Session) Resume(done func()) {
 	go func() {
-		if err := s.release(); err != nil && !errors.Is(err, errEnded) {
+		if err := s.release(nil); err != nil && !errors.Is(err, errEnded) {
 			s.End(TroubleIOError, err.Error())
 		}
-		s.deliver()
+		s.opts.Couriers.again(s)
 	}()
 	s.done = done
 	early := s.unread

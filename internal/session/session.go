@@ -1,8 +1,8 @@
 // Package session serves one guest connection: the handshake, then frames in
 // and deliveries out.
 //
-// A session runs one goroutine, which reads, and while there is something to
-// deliver a second one. The right to write to the connection is a token, and so
+// A session runs one goroutine, which reads; couriers, who serve all sessions,
+// deliver. The right to write to the connection is a token, and so
 // is the right to touch what the session is subscribed to.
 package session
 
@@ -131,10 +131,11 @@ type Options struct {
 	MaxSubscriptions int
 	// Scans has room for as many subscribers as may search the log backwards at
 	// once: such a search reads at disk speed for as long as it takes.
-	Scans chan struct{}
-	Lazy  bool // acks are given before records are durable, and say so
-	Log   *eventlog.Log
-	Idle  *Idle // where sessions wait that have nothing to do
+	Scans    chan struct{}
+	Lazy     bool // acks are given before records are durable, and say so
+	Log      *eventlog.Log
+	Idle     *Idle     // where sessions wait that have nothing to do
+	Couriers *Couriers // who delivers
 }
 
 // Conn is what a session runs over: a TCP or Unix stream connection.

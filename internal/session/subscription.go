@@ -81,7 +81,7 @@ func (sub *Subscription) lag(committed uint64) uint64 {
 }
 
 // fill appends deliveries to out. Call with the right to read.
-func (sub *Subscription) fill(out []byte) (_ []byte, more bool, err error) {
+func (sub *Subscription) fill(w *courier, out []byte) (_ []byte, more bool, err error) {
 	hint := sub.hint.Swap(0)
 	if !sub.behind.Load() {
 		if hint == 0 {
@@ -96,6 +96,9 @@ func (sub *Subscription) fill(out []byte) (_ []byte, more bool, err error) {
 	for range scanLimit {
 		if len(out) >= deliverySize {
 			return out, true, nil
+		}
+		if !sub.reader.Near() {
+			w.leave()
 		}
 		ok, err := sub.reader.Next(&rec)
 		var gap *eventlog.Gap
@@ -187,14 +190,14 @@ func (s *Session) change(r request) error {
 	defer func() { <-s.reading }()
 	s.writer <- struct{}{}
 	s.replace(r.name, sub)
-	if err := s.send(wire.AppendAckFrame(nil, &a)); err != nil {
+	if err := s.send(nil, wire.AppendAckFrame(nil, &a)); err != nil {
 		<-s.writer
 		return err
 	}
 	if sub != nil && sub.pending() { // else the first notice wakes it
-		s.Wake()
+		s.opts.Couriers.Wake(s)
 	}
-	return s.release()
+	return s.release(nil)
 }
 
 // searchTime is how long a subscribe may look for its place in the log before

@@ -29,18 +29,38 @@ const (
 // outputs are lent for one write: a session with nothing to deliver holds none.
 var outputs = sync.Pool{New: func() any { b := make([]byte, 0, deliverySize+readSize); return &b }}
 
-// delivering says whether the goroutine that delivers runs. It is started when
-// there is something to deliver and ends when there is not, so that an idle
-// session costs one goroutine only.
+// attempt is one write(2), and what came of it. They are lent, since what is given to
+// RawConn.Write would be allocated for each.
+type attempt struct {
+	b    []byte
+	n    int
+	err  error
+	once func(fd uintptr) bool
+}
+
+var attempts = sync.Pool{New: func() any {
+	a := &attempt{}
+	a.once = func(fd uintptr) bool {
+		for {
+			if a.n, a.err = syscall.Write(int(fd), a.b); !errors.Is(a.err, syscall.EINTR) {
+				return true
+			}
+		}
+	}
+	return a
+}}
+
+// delivering says whether somebody delivers, or is about to: a courier, whom the
+// session waits for in their queue.
 type delivering struct {
 	mu      sync.Mutex
 	running bool
-	again   bool          // something came up while it ran
+	again   bool          // something came up meanwhile
 	closed  bool          // no more
 	done    chan struct{} // closed by the last one; made by wait
 }
 
-// start tells whether the caller has to start the goroutine.
+// start tells whether the caller has to see to it that somebody delivers.
 func (d *delivering) start() bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -55,7 +75,7 @@ func (d *delivering) start() bool {
 	return true
 }
 
-// next tells the goroutine whether to go round once more.
+// next tells who delivers whether to go round once more.
 func (d *delivering) next() bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -70,7 +90,7 @@ func (d *delivering) next() bool {
 	return false
 }
 
-// wait returns when the goroutine has ended; it is not started again.
+// wait returns when nobody delivers; nobody begins again.
 func (d *delivering) wait() {
 	d.mu.Lock()
 	d.closed = true
@@ -83,38 +103,10 @@ func (d *delivering) wait() {
 	<-d.done
 }
 
-// Wake makes the session look for something to deliver. It does not wait.
-func (s *Session) Wake() {
-	if s.deliveries.start() {
-		go s.deliver()
-	}
-}
-
-// deliver writes what the subscriptions have still to hear.
-func (s *Session) deliver() {
-	for {
-		if err := s.deliverAll(); err != nil && !errors.Is(err, errEnded) {
-			s.End(TroubleIOError, err.Error())
-		}
-		if !s.deliveries.next() {
-			return
-		}
-	}
-}
-
-func (s *Session) deliverAll() error {
-	for {
-		more, err := s.deliverSome()
-		if err != nil || !more {
-			return err
-		}
-	}
-}
-
 // deliverSome delivers one write's worth. The right to write is taken only once
 // there is something to write: a disk that is slow to read from holds no ack up.
-func (s *Session) deliverSome() (more bool, err error) {
-	s.reading <- struct{}{}
+func (s *Session) deliverSome(w *courier) (more bool, err error) {
+	w.take(s.reading)
 	defer func() { <-s.reading }()
 	if s.ended.Load() != nil {
 		return false, errEnded
@@ -126,7 +118,7 @@ func (s *Session) deliverSome() (more bool, err error) {
 	s.turn++ // each gets to be the first, so that none starves behind another's backlog
 	for i := range subs {
 		var again bool
-		if out, again, err = subs[(s.turn+i)%len(subs)].fill(out); err != nil {
+		if out, again, err = subs[(s.turn+i)%len(subs)].fill(w, out); err != nil {
 			return false, err
 		}
 		more = more || again
@@ -134,12 +126,12 @@ func (s *Session) deliverSome() (more bool, err error) {
 	if len(out) == 0 {
 		return more, nil
 	}
-	s.writer <- struct{}{}
-	if err = s.send(out); err != nil {
+	w.take(s.writer)
+	if err = s.send(w, out); err != nil {
 		<-s.writer
 		return false, err
 	}
-	return more, s.release()
+	return more, s.release(w)
 }
 
 // write sends answers, or leaves them to whoever is writing.
@@ -157,17 +149,17 @@ func (s *Session) write(b []byte) error {
 		s.waitMu.Unlock()
 		s.writer <- struct{}{}
 	}
-	if err := s.send(b); err != nil {
+	if err := s.send(nil, b); err != nil {
 		<-s.writer
 		return err
 	}
-	return s.release()
+	return s.release(nil)
 }
 
 // release gives the right to write back, once the answers that waited for it
 // are written. It is given back under the lock under which write looks for it,
-// so that no answer is left behind.
-func (s *Session) release() error {
+// so that no answer is left behind. w is who delivers, nil for others.
+func (s *Session) release(w *courier) error {
 	for {
 		s.waitMu.Lock()
 		b := s.waiting
@@ -178,7 +170,7 @@ func (s *Session) release() error {
 			return nil
 		}
 		s.waitMu.Unlock()
-		if err := s.send(b); err != nil {
+		if err := s.send(w, b); err != nil {
 			<-s.writer
 			return err
 		}
@@ -187,19 +179,16 @@ func (s *Session) release() error {
 
 // send writes b, whole frames. Call with the right to write. A guest that takes
 // nothing for WriteTimeout loses its session.
-func (s *Session) send(b []byte) error {
+func (s *Session) send(w *courier, b []byte) error {
 	if s.ended.Load() != nil {
 		return s.keep(b)
 	}
-	var n int
-	var err error
-	waitErr := s.raw.Write(func(fd uintptr) bool {
-		for {
-			if n, err = syscall.Write(int(fd), b); !errors.Is(err, syscall.EINTR) {
-				return true
-			}
-		}
-	})
+	a := attempts.Get().(*attempt)
+	a.b, a.n, a.err = b, 0, nil
+	waitErr := s.raw.Write(a.once)
+	n, err := a.n, a.err
+	a.b = nil
+	attempts.Put(a)
 	n = max(0, n)
 	switch {
 	case n == len(b):
@@ -209,6 +198,7 @@ func (s *Session) send(b []byte) error {
 		err = waitErr
 	case err == nil || errors.Is(err, syscall.EAGAIN):
 		var m int
+		w.leave()
 		m, err = s.sendSlowly(b[n:])
 		n += m
 	}

@@ -1,0 +1,158 @@
+package session
+
+import (
+	"context"
+	"errors"
+	"runtime"
+	"sync"
+)
+
+// Couriers deliver to sessions: as many goroutines as there are processors, which take
+// the sessions that have something to hear in turn. A goroutine for each session and
+// record costs as much as the delivery itself, where a thousand hear the same.
+//
+// A courier never waits for one session while others have something to hear: before
+// it waits, for a disk or for a guest, another takes its place among the Couriers, and
+// it ends when it has done with that session.
+type Couriers struct {
+	mu     sync.Mutex
+	wanted sync.Cond  // with mu: there is a session in queue, or closed
+	queue  []*Session // each at most once, see delivering
+	first  int        // queue's oldest
+	idle   int        // how many wait for wanted, less those signalled
+	closed bool
+	all    sync.WaitGroup
+}
+
+// NewCouriers makes them. Run serves.
+func NewCouriers() *Couriers {
+	c := &Couriers{}
+	c.wanted.L = &c.mu
+	return c
+}
+
+// Run delivers until ctx is done, which must not be before all sessions have ended. One
+// goroutine calls it, once.
+func (c *Couriers) Run(ctx context.Context) {
+	for range runtime.GOMAXPROCS(0) {
+		c.all.Go(c.work)
+	}
+	<-ctx.Done()
+	c.mu.Lock()
+	c.closed = true
+	c.mu.Unlock()
+	c.wanted.Broadcast()
+	c.all.Wait()
+}
+
+// Wake makes sessions look for something to deliver. It waits for none of them, and
+// keeps nothing of the slice.
+func (c *Couriers) Wake(sessions ...*Session) {
+	c.mu.Lock()
+	n := 0
+	for _, s := range sessions {
+		if s.deliveries.start() {
+			c.put(s)
+			n++
+		}
+	}
+	c.call(n)
+}
+
+// put adds s to the queue. Call with mu.
+func (c *Couriers) put(s *Session) {
+	if len(c.queue) == cap(c.queue) && c.first > len(c.queue)/2 {
+		n := copy(c.queue, c.queue[c.first:])
+		clear(c.queue[n:])
+		c.queue, c.first = c.queue[:n], 0
+	}
+	c.queue = append(c.queue, s)
+}
+
+// call unlocks, and has n sessions of the queue attended to.
+func (c *Couriers) call(n int) {
+	n = min(n, c.idle)
+	c.idle -= n
+	c.mu.Unlock()
+	for range n {
+		c.wanted.Signal()
+	}
+}
+
+// again puts a session at the end of the queue that has more to hear.
+func (c *Couriers) again(s *Session) {
+	c.mu.Lock()
+	c.put(s)
+	c.call(1)
+}
+
+// next gives the session whose turn it is, nil when there will be no more.
+func (c *Couriers) next() *Session {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for c.first == len(c.queue) {
+		c.queue, c.first = c.queue[:0], 0
+		if c.closed {
+			return nil
+		}
+		c.idle++
+		c.wanted.Wait()
+	}
+	s := c.queue[c.first]
+	c.queue[c.first] = nil
+	c.first++
+	return s
+}
+
+func (c *Couriers) work() {
+	w := &courier{of: c}
+	for !w.left {
+		s := c.next()
+		if s == nil {
+			return
+		}
+		w.attend(s)
+	}
+}
+
+// courier is one goroutine of Couriers.
+type courier struct {
+	of   *Couriers
+	left bool // another has its place
+}
+
+// leave is called before waiting, of nil by those who are no couriers.
+func (w *courier) leave() {
+	if w != nil && !w.left {
+		w.left = true
+		w.of.all.Go(w.of.work)
+	}
+}
+
+// take puts a token into ch.
+func (w *courier) take(ch chan struct{}) {
+	select {
+	case ch <- struct{}{}:
+	default:
+		w.leave()
+		ch <- struct{}{}
+	}
+}
+
+// attend writes what s's subscriptions have still to hear.
+func (w *courier) attend(s *Session) {
+	for {
+		more, err := s.deliverSome(w)
+		if err != nil && !errors.Is(err, errEnded) {
+			s.End(TroubleIOError, err.Error())
+		}
+		switch {
+		case err == nil && more && !w.left:
+			w.of.again(s)
+			return
+		case err == nil && more:
+		case !s.deliveries.next():
+			return
+		}
+	}
+}

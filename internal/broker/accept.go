@@ -2,10 +2,8 @@ package broker
 
 import (
 	"container/list"
-	"context"
 	"errors"
 	"net"
-	"os"
 	"sync"
 	"syscall"
 	"time"
@@ -22,70 +20,6 @@ const (
 	// and goes with every connection.
 	acceptLog = time.Minute
 )
-
-// listener is a socket with an accept loop that can be asked whether it lives.
-type listener struct {
-	net.Listener
-	// asked has room for one question: there is one watchdog.
-	asked chan chan struct{}
-}
-
-func newListener(ln net.Listener) *listener {
-	return &listener{Listener: ln, asked: make(chan chan struct{}, 1)}
-}
-
-// limitUnsentBytes bounds what the kernel holds of what the guests that connect to ln
-// are sent: left alone it grows to megabytes, for each guest that does not read. A
-// connection takes it from the socket that it was accepted on (tcp(7)).
-func limitUnsentBytes(ln *net.TCPListener, bytes int) {
-	raw, err := ln.SyscallConn()
-	if err != nil {
-		return // it is closed
-	}
-	_ = raw.Control(func(fd uintptr) {
-		// The kernel doubles it for its own book-keeping (socket(7)).
-		_ = syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_SNDBUF, bytes/2)
-	})
-}
-
-// ping returns when the accept loop has answered.
-func (l *listener) ping(ctx context.Context) error {
-	d, ok := l.Listener.(interface{ SetDeadline(time.Time) error })
-	if !ok {
-		return nil
-	}
-	answer := make(chan struct{})
-	select {
-	case l.asked <- answer:
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-	if err := d.SetDeadline(time.Unix(1, 0)); err != nil { // makes Accept return
-		return err
-	}
-	select {
-	case <-answer:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-}
-
-// answer answers a ping if Accept failed because of one.
-func (l *listener) answer(err error) bool {
-	if !errors.Is(err, os.ErrDeadlineExceeded) {
-		return false
-	}
-	if d, ok := l.Listener.(interface{ SetDeadline(time.Time) error }); ok {
-		_ = d.SetDeadline(time.Time{})
-	}
-	select {
-	case a := <-l.asked:
-		close(a)
-	default:
-	}
-	return true
-}
 
 // accept takes in every connection, and waits for none.
 func (b *Broker) accept(l *listener) {
@@ -134,11 +68,6 @@ func (b *Broker) serve(conn net.Conn, ended func()) {
 		_ = conn.Close()
 		ended()
 		return
-	}
-	if tcp, ok := conn.(*net.TCPConn); ok {
-		// Guests beat more often than probes would be worth their while, and ten
-		// thousand idle connections are probed 667 times a second.
-		_ = tcp.SetKeepAlive(false)
 	}
 	var leave func()
 	h := session.NewHandshake(b.ctx, c, b, b.sessionOptions(), func(granted bool) {

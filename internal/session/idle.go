@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -79,6 +80,7 @@ func (l *Idle) Run(ctx context.Context) error {
 				l.crew.run(w)
 			}
 		}
+		runtime.Gosched() // the crew first: who is done can take of the next batch
 	}
 }
 

@@ -76,19 +76,6 @@ func (s *Session) complete(rest []byte) ([]byte, error) {
 	}
 }
 
-// readOnce reads from a descriptor that does not block.
-func readOnce(fd uintptr, b []byte) (n int, err error) {
-	for {
-		if n, err = syscall.Read(int(fd), b); !errors.Is(err, syscall.EINTR) {
-			break
-		}
-	}
-	if n == 0 && err == nil {
-		err = io.EOF
-	}
-	return max(0, n), err
-}
-
 // readReady reads what a session that was idle was woken for, or gives errNothing: no
 // deadline counts, the one there is is an old one.
 func (s *Session) readReady(ws *workspace) (n int, err error) {

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"runtime"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -31,7 +30,12 @@ type Idle struct {
 	sessions int               // of them
 	spots    uint64            // given out so far
 
-	crew crew
+	// Those who serve what wakes take turns at waiting for it, see serve.
+	turn   chan struct{}           // room for the one token; closed when there are no more
+	over   chan error              // room for one: why nobody takes turns any more
+	spare  atomic.Int32            // how many wait for their turn
+	events [128]syscall.EpollEvent // of whose turn it is, as is
+	got    []syscall.EpollEvent    // those of events that are still to be served
 }
 
 // waiter is what waits: a session, or a handshake.
@@ -52,35 +56,74 @@ func NewIdle() (*Idle, error) {
 	if err := syscall.SetNonblock(fd, true); err != nil {
 		return nil, errors.Join(fmt.Errorf("making an epoll instance: %w", err), syscall.Close(fd))
 	}
-	l := &Idle{poll: os.NewFile(uintptr(fd), "epoll"), waiters: make(map[uint64]waiter), crew: newCrew()}
+	l := &Idle{poll: os.NewFile(uintptr(fd), "epoll"), waiters: make(map[uint64]waiter), turn: make(chan struct{}, 1), over: make(chan error, 1)}
 	if l.ready, err = l.poll.SyscallConn(); err != nil {
 		return nil, errors.Join(err, l.poll.Close())
 	}
 	return l, nil
 }
 
-// Run wakes sessions whose guests have sent something, until ctx is done; from then
-// on only their ends do. One goroutine calls it, once.
+// Run serves whom its guest has sent something, until ctx is done; from then on only
+// ends are. One goroutine calls it, once.
 func (l *Idle) Run(ctx context.Context) error {
 	stop := context.AfterFunc(ctx, func() { _ = l.poll.SetReadDeadline(time.Unix(1, 0)) })
 	defer stop()
 	defer func() { _ = l.poll.Close() }() // nothing was written to it
-	defer close(l.crew.over)
-	events := make([]syscall.EpollEvent, maxCrew)
+	l.turn <- struct{}{}
+	go l.serve()
+	if err := <-l.over; err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+		return fmt.Errorf("waiting for idle guests: %w", err)
+	}
+	return nil
+}
+
+// maxSpare is how many goroutines at most wait for their turn.
+const maxSpare = 16
+
+// serve is what each of the goroutines does that serve what wakes: it waits for its
+// turn, takes one that was woken, leaves the turn to the next and serves it. So there
+// are as many as have something to do, and they are the same all the time: a new one's
+// stack has to grow first, twice as a rule, on which a burst of connections would spend
+// more time than on most of its system calls.
+func (l *Idle) serve() {
 	for {
-		n, err := l.wait(events)
-		if errors.Is(err, os.ErrDeadlineExceeded) {
-			return nil
+		if l.spare.Add(1) > maxSpare {
+			l.spare.Add(-1)
+			return
 		}
+		if _, ok := <-l.turn; !ok {
+			return
+		}
+		l.spare.Add(-1)
+		w, err := l.next()
 		if err != nil {
-			return fmt.Errorf("waiting for idle guests: %w", err)
+			l.over <- err
+			close(l.turn)
+			return
 		}
-		for _, e := range events[:n] {
+		if l.spare.Load() == 0 {
+			go l.serve()
+		}
+		l.turn <- struct{}{}
+		w.goOn()
+	}
+}
+
+// next waits for something that was woken. Call it when it is one's turn.
+func (l *Idle) next() (waiter, error) {
+	for {
+		for len(l.got) > 0 {
+			e := l.got[0]
+			l.got = l.got[1:]
 			if w := l.take(uint64(uint32(e.Fd)) | uint64(uint32(e.Pad))<<32); w != nil {
-				l.crew.run(w)
+				return w, nil
 			}
 		}
-		runtime.Gosched() // the crew first: who is done can take of the next batch
+		n, err := l.wait(l.events[:])
+		if err != nil {
+			return nil, err
+		}
+		l.got = l.events[:n]
 	}
 }
 
@@ -169,51 +212,7 @@ func (l *Idle) wake(w waiter) {
 	}
 	l.mu.Unlock()
 	if waits {
-		l.crew.run(w)
-	}
-}
-
-// maxCrew is how many goroutines at most wait for work. A batch of events is as large,
-// so that each finds one.
-const maxCrew = 64
-
-// crew are the goroutines that serve what was woken. Some are kept for what wakes next:
-// the stack of a new one has to grow first, twice as a rule, and a burst of connections
-// would spend more time on that than on most of its system calls. A collection shrinks
-// those of the ones that have nothing to do.
-type crew struct {
-	next chan waiter   // unbuffered: who takes one is free
-	over chan struct{} // closed when nobody has to be kept any more
-	free *atomic.Int32 // how many wait
-}
-
-func newCrew() crew {
-	return crew{next: make(chan waiter), over: make(chan struct{}), free: new(atomic.Int32)}
-}
-
-// run gives w a goroutine. It does not wait for it.
-func (c *crew) run(w waiter) {
-	select {
-	case c.next <- w:
-	default:
-		go c.serve(w)
-	}
-}
-
-func (c *crew) serve(w waiter) {
-	for {
-		w.goOn()
-		w = nil // what has ended is not to be kept
-		if c.free.Add(1) > maxCrew {
-			c.free.Add(-1)
-			return
-		}
-		select {
-		case w = <-c.next:
-			c.free.Add(-1)
-		case <-c.over:
-			return
-		}
+		go w.goOn()
 	}
 }
 

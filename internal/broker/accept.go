@@ -2,10 +2,8 @@ package broker
 
 import (
 	"container/list"
-	"context"
 	"errors"
 	"net"
-	"os"
 	"sync"
 	"syscall"
 	"time"
@@ -23,72 +21,7 @@ const (
 	acceptLog = time.Minute
 )
 
-// listener is a socket with an accept loop that can be asked whether it lives.
-type listener struct {
-	net.Listener
-	// asked has room for one question: there is one watchdog.
-	asked chan chan struct{}
-}
-
-func newListener(ln net.Listener) *listener {
-	return &listener{Listener: ln, asked: make(chan chan struct{}, 1)}
-}
-
-// limitUnsentBytes bounds what the kernel holds of what the guests that connect to ln
-// are sent: left alone it grows to megabytes, for each guest that does not read. A
-// connection takes it from the socket that it was accepted on (tcp(7)).
-func limitUnsentBytes(ln *net.TCPListener, bytes int) {
-	raw, err := ln.SyscallConn()
-	if err != nil {
-		return // it is closed
-	}
-	_ = raw.Control(func(fd uintptr) {
-		// The kernel doubles it for its own book-keeping (socket(7)).
-		_ = syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_SNDBUF, bytes/2)
-	})
-}
-
-// ping returns when the accept loop has answered.
-func (l *listener) ping(ctx context.Context) error {
-	d, ok := l.Listener.(interface{ SetDeadline(time.Time) error })
-	if !ok {
-		return nil
-	}
-	answer := make(chan struct{})
-	select {
-	case l.asked <- answer:
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-	if err := d.SetDeadline(time.Unix(1, 0)); err != nil { // makes Accept return
-		return err
-	}
-	select {
-	case <-answer:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-}
-
-// answer answers a ping if Accept failed because of one.
-func (l *listener) answer(err error) bool {
-	if !errors.Is(err, os.ErrDeadlineExceeded) {
-		return false
-	}
-	if d, ok := l.Listener.(interface{ SetDeadline(time.Time) error }); ok {
-		_ = d.SetDeadline(time.Time{})
-	}
-	select {
-	case a := <-l.asked:
-		close(a)
-	default:
-	}
-	return true
-}
-
-// accept hands every connection to a goroutine of its own, so that a silent
-// one delays nobody.
+// accept takes in every connection, and waits for none.
 func (b *Broker) accept(l *listener) {
 	var told time.Time
 	ended := b.guests.Done // one for all of them
@@ -97,7 +30,7 @@ func (b *Broker) accept(l *listener) {
 		switch {
 		case err == nil:
 			b.guests.Add(1)
-			go b.serve(conn, ended)
+			b.serve(conn, ended)
 			if wait := b.acceptTurn(); wait > 0 {
 				time.Sleep(wait) // a millisecond or so: nobody notices
 			}
@@ -127,7 +60,7 @@ func (b *Broker) accept(l *listener) {
 	}
 }
 
-// serve takes a connection to its close, and then calls ended.
+// serve greets a guest. Once the connection is closed ended is called.
 func (b *Broker) serve(conn net.Conn, ended func()) {
 	c, ok := conn.(session.Conn)
 	if !ok {
@@ -136,22 +69,19 @@ func (b *Broker) serve(conn net.Conn, ended func()) {
 		ended()
 		return
 	}
-	if tcp, ok := conn.(*net.TCPConn); ok {
-		// Guests beat more often than probes would be worth their while, and ten
-		// thousand idle connections are probed 667 times a second.
-		_ = tcp.SetKeepAlive(false)
-	}
-	leave, evicted := b.handshakes.enter(c)
-	if evicted != nil {
-		b.bite(limitHandshakes, evicted.RemoteAddr().String(), "", session.TroubleQueueFull, session.ActionDisconnect,
-			"too many unfinished handshakes, the oldest was closed")
-	}
-	session.Serve(b.ctx, c, b, b.sessionOptions(), func(granted bool) {
+	var leave func()
+	h := session.NewHandshake(b.ctx, c, b, b.sessionOptions(), func(granted bool) {
 		leave()
 		if granted {
 			b.acceptable()
 		}
 	}, ended)
+	var evicted *session.Handshake
+	if leave, evicted = b.handshakes.enter(h); evicted != nil {
+		b.bite(limitHandshakes, evicted.Remote(), "", session.TroubleQueueFull, session.ActionDisconnect,
+			"too many unfinished handshakes, the oldest was closed")
+	}
+	h.Start()
 }
 
 // handshakes are the connections without a session. Every guest comes from the
@@ -160,32 +90,39 @@ func (b *Broker) serve(conn net.Conn, ended func()) {
 type handshakes struct {
 	max int
 
-	mu   sync.Mutex
-	all  list.List // of session.Conn, oldest first
-	over bool      // there are to be no more
+	mu    sync.Mutex
+	all   list.List   // of *session.Handshake, oldest first
+	timer *time.Timer // for the deadline of the oldest; nil: none runs
+	over  bool        // there are to be no more
 }
 
-// end closes them all, and those that come: nothing is owed to who has no session.
+// end ends them all, and those that come: nothing is owed to who has no session.
 func (h *handshakes) end() {
 	h.mu.Lock()
 	h.over = true
-	var conns []session.Conn
+	var all []*session.Handshake
 	for e := h.all.Front(); e != nil; e = h.all.Front() {
-		conns = append(conns, e.Value.(session.Conn))
+		all = append(all, e.Value.(*session.Handshake))
 		h.all.Remove(e) // and not all at once: those that leave would be counted once more
 	}
+	if h.timer != nil {
+		h.timer.Stop()
+	}
 	h.mu.Unlock()
-	for _, c := range conns {
-		_ = c.Close()
+	for _, s := range all {
+		s.End()
 	}
 }
 
-// enter puts c on the list and gives the connection that was closed for it, nil if
-// there was room.
-func (h *handshakes) enter(c session.Conn) (leave func(), evicted session.Conn) {
+// enter puts s on the list and gives the one that was ended for it, nil if there was
+// room.
+func (h *handshakes) enter(s *session.Handshake) (leave func(), evicted *session.Handshake) {
 	h.mu.Lock()
-	e := h.all.PushBack(c)
+	e := h.all.PushBack(s)
 	full := h.over || h.max > 0 && h.all.Len() > h.max
+	if h.timer == nil && !h.over {
+		h.timer = time.AfterFunc(time.Until(s.Deadline()), h.expire)
+	}
 	h.mu.Unlock()
 	if full {
 		evicted = h.evict()
@@ -197,8 +134,29 @@ func (h *handshakes) enter(c session.Conn) (leave func(), evicted session.Conn) 
 	}, evicted
 }
 
-// evict closes the oldest and gives it; nil if there is none.
-func (h *handshakes) evict() session.Conn {
+// expire ends those that have taken too long. The timer runs on while there are any:
+// nearly all are over before it is their turn.
+func (h *handshakes) expire() {
+	var late []*session.Handshake
+	h.mu.Lock()
+	h.timer = nil
+	for e := h.all.Front(); e != nil && !h.over; e = h.all.Front() {
+		s := e.Value.(*session.Handshake)
+		if left := time.Until(s.Deadline()); left > 0 {
+			h.timer = time.AfterFunc(left, h.expire)
+			break
+		}
+		late = append(late, s)
+		h.all.Remove(e)
+	}
+	h.mu.Unlock()
+	for _, s := range late {
+		s.Expire()
+	}
+}
+
+// evict ends the oldest and gives it; nil if there is none.
+func (h *handshakes) evict() *session.Handshake {
 	h.mu.Lock()
 	e := h.all.Front()
 	if e != nil {
@@ -208,7 +166,7 @@ func (h *handshakes) evict() session.Conn {
 	if e == nil {
 		return nil
 	}
-	c := e.Value.(session.Conn)
-	_ = c.Close()
-	return c
+	s := e.Value.(*session.Handshake)
+	s.End()
+	return s
 }

@@ -2,7 +2,6 @@ package broker
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"sync"
 	"time"
@@ -10,6 +9,7 @@ import (
 	"github.com/castrabus/castra/internal/bus"
 	"github.com/castrabus/castra/internal/eventlog"
 	"github.com/castrabus/castra/internal/presence"
+	"github.com/castrabus/castra/internal/wire"
 )
 
 const (
@@ -121,11 +121,9 @@ func presenceEntry(c presence.Change) eventlog.Entry {
 	if c.Reachable {
 		state = "reachable"
 	}
-	payload, _ := json.Marshal(struct { // strings always marshal
-		VM     string `json:"vm"`
-		State  string `json:"state"`
-		Reason string `json:"reason"`
-	}{c.VM, state, c.Reason})
+	payload := wire.AppendString([]byte(`{"vm":`), c.VM)
+	payload = wire.AppendString(append(payload, `,"state":`...), state)
+	payload = append(wire.AppendString(append(payload, `,"reason":`...), c.Reason), '}')
 	return eventlog.Entry{VM: bus.HostVM, Topic: []byte(presenceTopic), Payload: payload}
 }
 
@@ -164,8 +162,9 @@ func (w *watchers) list() []func(bus.VM, bool) {
 
 // Watch makes the broker call fn, from one goroutine and never under a lock, on
 // each change of a VM that a person would watch; removed says that the VM is
-// no longer known. A VM without a name stands for the broker itself. fn must
-// not wait.
+// no longer known. Of vm there is the name alone, since nobody looks at all of what
+// changes while ten thousand connect; without one it stands for the broker itself. fn
+// must not wait.
 func (b *Broker) Watch(fn func(vm bus.VM, removed bool)) (cancel func()) {
 	w := &b.watchers
 	w.mu.Lock()
@@ -191,22 +190,10 @@ func (b *Broker) tellWatchers(touched []string) {
 	if len(fns) == 0 || len(touched) == 0 {
 		return
 	}
-	known := make(map[string]bool)
-	for _, vm := range b.describe(touched) {
-		known[vm.VM] = true
-		for _, fn := range fns {
-			fn(vm, false)
-		}
-	}
 	for _, name := range touched {
-		if name == "" {
-			for _, fn := range fns {
-				fn(bus.VM{}, false)
-			}
-		} else if !known[name] {
-			for _, fn := range fns {
-				fn(bus.VM{VM: name}, true)
-			}
+		removed := name != "" && !b.table.Has(name)
+		for _, fn := range fns {
+			fn(bus.VM{VM: name}, removed)
 		}
 	}
 	ctx, cancel := context.WithTimeout(b.ctx2, watchInterval)

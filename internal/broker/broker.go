@@ -254,10 +254,13 @@ func (b *Broker) Configure(s Settings) ([]identity.Problem, error) {
 	return problems, err
 }
 
-// Serve accepts guests on ln until Close. One goroutine calls it.
+// Serve accepts guests on ln, which it takes over, until Close. One goroutine calls it.
 func (b *Broker) Serve(ln net.Listener) {
-	if tcp, ok := ln.(*net.TCPListener); ok && b.opts.UnsentBytes > 0 {
-		limitUnsentBytes(tcp, b.opts.UnsentBytes)
+	if tcp, ok := ln.(*net.TCPListener); ok {
+		prepare(tcp, b.opts.UnsentBytes)
+		if own, err := newTCPListener(tcp); err == nil {
+			ln = own
+		} // else there was no descriptor left for it, and this one will do
 	}
 	l := newListener(ln)
 	all := append(slices.Clone(b.listening()), l)

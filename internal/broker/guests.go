@@ -62,7 +62,6 @@ func (b *Broker) Attend(ctx context.Context, h wire.Hello, remote string) sessio
 	if !attended {
 		return session.Decision{Refuse: wire.ReasonTooManyVMs}
 	}
-	b.table.Admitted(h.VM)
 	b.records.handshake(h.VM)
 	return session.Decision{}
 }
@@ -162,7 +161,6 @@ func (b *Broker) Admit(ctx context.Context, s *session.Session, h wire.Hello, pr
 	if o, isSession := old.(*session.Session); isSession {
 		o.End(session.TroubleSuperseded, "a newer session of this VM replaced this one")
 	}
-	b.table.Admitted(h.VM)
 	if b.shares.take(noteGranted, s.VM(), b.registered(s.VM()), s.Remote(), "") {
 		b.records.event(handshakeEvent(s.VM(), caps, "granted", "", s.Remote(), 0))
 	}

@@ -20,6 +20,9 @@ const (
 	// strangersInterval is how often it is looked who has left files behind: in
 	// between names that nobody registered may add some, ten a second at most.
 	strangersInterval = 5 * time.Minute
+	// strangersFirst is when that is first done: not while all guests come back that the
+	// castrad before had, for it reads the directories of ten thousand.
+	strangersFirst = 20 * time.Second
 
 	// leastShare is what a stranger's stream may take, however many there are.
 	leastShare = 64 << 10
@@ -38,17 +41,18 @@ func (b *Broker) share(vm string) int64 {
 
 // watchStrangers forgets, at times, names that nobody registered.
 func (b *Broker) watchStrangers() {
-	t := time.NewTicker(strangersInterval)
+	t := time.NewTimer(strangersFirst)
 	defer t.Stop()
 	for {
+		select {
+		case <-t.C:
+			t.Reset(strangersInterval)
+		case <-b.ctx2.Done():
+			return
+		}
 		err := b.forgetStrangers(b.ctx2, time.Now())
 		if err != nil && b.ctx2.Err() == nil {
 			logging.ExpiryFailed.On(b.log).WithError(err).Warn("what names left behind that nobody registered cannot be removed; trying again")
-		}
-		select {
-		case <-t.C:
-		case <-b.ctx2.Done():
-			return
 		}
 	}
 }

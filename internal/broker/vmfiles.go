@@ -13,7 +13,7 @@ import (
 // A VM's file is written within a second of a handshake or a change of its
 // subscriptions, and otherwise every thirty at most (contract 4).
 const (
-	handshakeDelay  = 200 * time.Millisecond
+	handshakeDelay  = 400 * time.Millisecond // in which most guests subscribe, too
 	handshakePeriod = 30 * time.Second
 )
 

@@ -4,7 +4,6 @@
 package logging
 
 import (
-	"bytes"
 	"fmt"
 	"io"
 	"maps"
@@ -27,6 +26,9 @@ const MessageID = "message_id"
 func New(level logrus.Level) *logrus.Logger {
 	log := logrus.New()
 	log.SetLevel(level)
+	// Nothing about it changes any more, and an os.File writes one entry at a time. Its
+	// own lock is taken five times an entry, which thousands who connect at once wait for.
+	log.SetNoLock()
 	if isJournal(os.Getenv("JOURNAL_STREAM"), os.Stderr) {
 		log.AddHook(journalHook{send: journal.Send, stream: os.Stderr})
 		// The hook does it all; logrus formats and writes the rest in any case.
@@ -87,25 +89,25 @@ func identifier() string { return os.Args[0][strings.LastIndexByte(os.Args[0], '
 // why stand in the sentence, the other fields behind it. The session is left to
 // those who look for it.
 func message(e *logrus.Entry) string {
-	var b bytes.Buffer
+	var b []byte
 	if vm, ok := e.Data["vm"]; ok {
-		fmt.Fprintf(&b, "%s: ", escape(text(vm)))
+		b = append(append(b, escape(text(vm))...), ": "...)
 	}
-	b.WriteString(escape(e.Message))
+	b = append(b, escape(e.Message)...)
 	if reason, ok := e.Data["reason"]; ok {
-		fmt.Fprintf(&b, " (%s)", escape(text(reason)))
+		b = append(append(append(b, " ("...), escape(text(reason))...), ')')
 	}
 	if err, ok := e.Data[logrus.ErrorKey]; ok {
-		fmt.Fprintf(&b, ": %s", escape(text(err)))
+		b = append(append(b, ": "...), escape(text(err))...)
 	}
 	for _, k := range keys(e) {
 		switch k {
 		case "vm", "reason", logrus.ErrorKey, MessageID, "session":
 		default:
-			appendField(&b, k, e.Data[k])
+			b = appendField(b, k, e.Data[k])
 		}
 	}
-	return b.String()
+	return string(b)
 }
 
 // maxField is the longest name that journald takes (sd_journal_print(3)).
@@ -149,37 +151,50 @@ type textFormatter struct{}
 const timeFormat = "2006-01-02T15:04:05.000Z07:00"
 
 func (textFormatter) Format(e *logrus.Entry) ([]byte, error) {
-	var b bytes.Buffer
-	fmt.Fprintf(&b, "%s %-7s %s", e.Time.Format(timeFormat), e.Level, escape(e.Message))
+	b := make([]byte, 0, 256)
+	b = e.Time.AppendFormat(b, timeFormat)
+	b = append(b, ' ')
+	level := e.Level.String()
+	b = append(b, level...)
+	for range 8 - len(level) {
+		b = append(b, ' ')
+	}
+	b = append(b, escape(e.Message)...)
 	for _, k := range keys(e) {
 		if k != MessageID { // means something to the journal alone
-			appendField(&b, k, e.Data[k])
+			b = appendField(b, k, e.Data[k])
 		}
 	}
-	b.WriteByte('\n')
-	return b.Bytes(), nil
+	return append(b, '\n'), nil
 }
 
 func keys(e *logrus.Entry) []string { return slices.Sorted(maps.Keys(e.Data)) }
 
-// appendField writes " key=value", the value in quotes where it could be taken for
+// appendField appends " key=value", the value in quotes where it could be taken for
 // more than one word.
-func appendField(b *bytes.Buffer, key string, value any) {
+func appendField(b []byte, key string, value any) []byte {
+	b = append(append(append(b, ' '), escape(key)...), '=')
 	v := text(value)
 	if v == "" || strings.ContainsAny(v, ` "=`) {
-		v = strconv.Quote(v)
-	} else {
-		v = escape(v)
+		return strconv.AppendQuote(b, v)
 	}
-	fmt.Fprintf(b, " %s=%s", escape(key), v)
+	return append(b, escape(v)...)
 }
 
-func text(value any) string { return fmt.Sprint(value) }
+func text(value any) string {
+	if s, ok := value.(string); ok {
+		return s
+	}
+	return fmt.Sprint(value)
+}
 
 // escape writes as Go would what does not print: control characters, line and
 // paragraph separators, and those that turn the direction of writing round. Bytes
 // that are no UTF-8, which some terminals take for control characters, are replaced.
 func escape(s string) string {
+	if printableASCII(s) {
+		return s
+	}
 	s = strings.ToValidUTF8(s, "\uFFFD")
 	if strings.IndexFunc(s, unprintable) < 0 {
 		return s
@@ -194,6 +209,15 @@ func escape(s string) string {
 		}
 	}
 	return b.String()
+}
+
+func printableASCII(s string) bool {
+	for i := range len(s) {
+		if s[i] < ' ' || s[i] > '~' {
+			return false
+		}
+	}
+	return true
 }
 
 func unprintable(r rune) bool { return !unicode.IsPrint(r) }

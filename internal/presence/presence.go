@@ -244,6 +244,7 @@ func (t *Table) Connect(name string, s Session, remote string, caps []string) (v
 	v.frame.Store(t.now())
 	v.silent.Store(false)
 	t.set(v, true, ReasonHandshake)
+	t.admitted(name)
 	return v, old, nil
 }
 
@@ -292,6 +293,7 @@ func (t *Table) Attend(name, remote string, caps []string) bool {
 		return false
 	}
 	v.handshake = time.Now()
+	t.admitted(name)
 	if v.session == nil { // a live session says more than a handshake
 		v.remote, v.caps, v.handshakeOK = remote, caps, true
 		t.set(v, true, ReasonHandshake)

@@ -20,8 +20,12 @@ func (t *Table) Snapshot(names []string) []bus.VM {
 		out = append(out, d)
 		sessions = append(sessions, s)
 	}
+	n := len(names)
+	if n == 0 {
+		n = len(t.vms)
+	}
+	out, sessions = make([]bus.VM, 0, n), make([]Session, 0, n)
 	if len(names) == 0 {
-		out = make([]bus.VM, 0, len(t.vms))
 		for _, v := range t.vms {
 			add(v)
 		}
@@ -94,13 +98,13 @@ func (t *Table) Strangers() int {
 // Reachable lists the names of the VMs that are, sorted.
 func (t *Table) Reachable() []string {
 	t.mu.Lock()
-	defer t.mu.Unlock()
-	names := []string{}
+	names := make([]string, 0, len(t.vms))
 	for name, v := range t.vms {
 		if v.reachable {
 			names = append(names, name)
 		}
 	}
+	t.mu.Unlock() // and sorting takes longer: guests that connect are not to wait for it
 	slices.Sort(names)
 	return names
 }
@@ -235,6 +239,11 @@ func (t *Table) Refuse(name, reason string, hasKey bool) {
 func (t *Table) Admitted(name string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	t.admitted(name)
+}
+
+// admitted is Admitted. Call with the lock held.
+func (t *Table) admitted(name string) {
 	t.refused = slices.DeleteFunc(t.refused, func(r refusal) bool { return r.vm == name })
 }
 

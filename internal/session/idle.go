@@ -6,11 +6,12 @@ import (
 	"fmt"
 	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 )
 
-// idleAfter is how long a session waits for its guest's next frame before it gives
+// idleAfter is how long a session that publishes waits for its guest's next frame before it gives
 // its goroutine up: long beside the pauses of a guest that is at work, so that such
 // a one never pays for it, and short beside a heartbeat's interval.
 const idleAfter = 2 * time.Second
@@ -25,8 +26,24 @@ type Idle struct {
 	ready syscall.RawConn
 
 	mu       sync.Mutex
-	sessions map[uint64]*Session // by their spots
-	spots    uint64              // given out so far
+	waiters  map[uint64]waiter // by their spots
+	sessions int               // of them
+	spots    uint64            // given out so far
+
+	// Those who serve what wakes take turns at waiting for it, see serve.
+	turn   chan struct{}           // room for the one token; closed when there are no more
+	over   chan error              // room for one: why nobody takes turns any more
+	spare  atomic.Int32            // how many wait for their turn
+	events [128]syscall.EpollEvent // of whose turn it is, as is
+	got    []syscall.EpollEvent    // those of events that are still to be served
+}
+
+// waiter is what waits: a session, or a handshake.
+type waiter interface {
+	place() *uint64 // its spot, of Idle; 0: none yet
+	connection() syscall.RawConn
+	over() bool // it was ended, and is not to wait
+	goOn()      // is run when it need not wait any more
 }
 
 // NewIdle makes an empty one. Run serves it.
@@ -39,33 +56,74 @@ func NewIdle() (*Idle, error) {
 	if err := syscall.SetNonblock(fd, true); err != nil {
 		return nil, errors.Join(fmt.Errorf("making an epoll instance: %w", err), syscall.Close(fd))
 	}
-	l := &Idle{poll: os.NewFile(uintptr(fd), "epoll"), sessions: make(map[uint64]*Session)}
+	l := &Idle{poll: os.NewFile(uintptr(fd), "epoll"), waiters: make(map[uint64]waiter), turn: make(chan struct{}, 1), over: make(chan error, 1)}
 	if l.ready, err = l.poll.SyscallConn(); err != nil {
 		return nil, errors.Join(err, l.poll.Close())
 	}
 	return l, nil
 }
 
-// Run wakes sessions whose guests have sent something, until ctx is done; from then
-// on only their ends do. One goroutine calls it, once.
+// Run serves whom its guest has sent something, until ctx is done; from then on only
+// ends are. One goroutine calls it, once.
 func (l *Idle) Run(ctx context.Context) error {
 	stop := context.AfterFunc(ctx, func() { _ = l.poll.SetReadDeadline(time.Unix(1, 0)) })
 	defer stop()
 	defer func() { _ = l.poll.Close() }() // nothing was written to it
-	events := make([]syscall.EpollEvent, 128)
+	l.turn <- struct{}{}
+	go l.serve()
+	if err := <-l.over; err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+		return fmt.Errorf("waiting for idle guests: %w", err)
+	}
+	return nil
+}
+
+// maxSpare is how many goroutines at most wait for their turn.
+const maxSpare = 16
+
+// serve is what each of the goroutines does that serve what wakes: it waits for its
+// turn, takes one that was woken, leaves the turn to the next and serves it. So there
+// are as many as have something to do, and they are the same all the time: a new one's
+// stack has to grow first, twice as a rule, on which a burst of connections would spend
+// more time than on most of its system calls.
+func (l *Idle) serve() {
 	for {
-		n, err := l.wait(events)
-		if errors.Is(err, os.ErrDeadlineExceeded) {
-			return nil
+		if l.spare.Add(1) > maxSpare {
+			l.spare.Add(-1)
+			return
 		}
+		if _, ok := <-l.turn; !ok {
+			return
+		}
+		l.spare.Add(-1)
+		w, err := l.next()
 		if err != nil {
-			return fmt.Errorf("waiting for idle guests: %w", err)
+			l.over <- err
+			close(l.turn)
+			return
 		}
-		for _, e := range events[:n] {
-			if s := l.take(uint64(uint32(e.Fd)) | uint64(uint32(e.Pad))<<32); s != nil {
-				go s.goOn()
+		if l.spare.Load() == 0 {
+			go l.serve()
+		}
+		l.turn <- struct{}{}
+		w.goOn()
+	}
+}
+
+// next waits for something that was woken. Call it when it is one's turn.
+func (l *Idle) next() (waiter, error) {
+	for {
+		for len(l.got) > 0 {
+			e := l.got[0]
+			l.got = l.got[1:]
+			if w := l.take(uint64(uint32(e.Fd)) | uint64(uint32(e.Pad))<<32); w != nil {
+				return w, nil
 			}
 		}
+		n, err := l.wait(l.events[:])
+		if err != nil {
+			return nil, err
+		}
+		l.got = l.events[:n]
 	}
 }
 
@@ -73,7 +131,7 @@ func (l *Idle) Run(ctx context.Context) error {
 func (l *Idle) Len() int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return len(l.sessions)
+	return l.sessions
 }
 
 func (l *Idle) wait(events []syscall.EpollEvent) (n int, err error) {
@@ -90,58 +148,71 @@ func (l *Idle) wait(events []syscall.EpollEvent) (n int, err error) {
 	return n, err
 }
 
-// add lets s wait without a goroutine. Where it gives true the caller, who is the
+// add lets w wait without a goroutine. Where it gives true the caller, who is the
 // one that reads, has to end: another one may be reading by then.
-func (l *Idle) add(s *Session) bool {
+func (l *Idle) add(w waiter) bool {
 	l.mu.Lock()
-	op := syscall.EPOLL_CTL_MOD
-	if s.spot == 0 {
+	place, op := w.place(), syscall.EPOLL_CTL_MOD
+	if *place == 0 {
 		l.spots++
-		s.spot, op = l.spots, syscall.EPOLL_CTL_ADD
+		*place, op = l.spots, syscall.EPOLL_CTL_ADD
 	}
-	spot := s.spot
-	l.sessions[spot] = s
+	spot := *place
+	l.waiters[spot] = w
+	l.count(w, 1)
 	l.mu.Unlock()
 	// Once for each time that it waits, and at once if there are bytes already.
 	ev := syscall.EpollEvent{
 		Events: syscall.EPOLLIN | syscall.EPOLLRDHUP | syscall.EPOLLONESHOT,
 		Fd:     int32(uint32(spot)), Pad: int32(uint32(spot >> 32)),
 	}
-	if l.arm(s, op, &ev) != nil || s.ended.Load() != nil {
+	if l.arm(w, op, &ev) != nil || w.over() {
 		// Nobody would wake it, or it was ended when there was nobody to wake yet.
 		return l.take(spot) == nil
 	}
 	return true
 }
 
-func (l *Idle) arm(s *Session, op int, ev *syscall.EpollEvent) (err error) {
+// count counts sessions. Call with the lock held.
+func (l *Idle) count(w waiter, n int) {
+	if _, ok := w.(*Session); ok {
+		l.sessions += n
+	}
+}
+
+func (l *Idle) arm(w waiter, op int, ev *syscall.EpollEvent) (err error) {
 	pollErr := l.ready.Control(func(poll uintptr) {
-		connErr := s.raw.Control(func(conn uintptr) { err = syscall.EpollCtl(int(poll), op, int(conn), ev) })
+		connErr := w.connection().Control(func(conn uintptr) { err = syscall.EpollCtl(int(poll), op, int(conn), ev) })
 		err = errors.Join(err, connErr)
 	})
 	return errors.Join(err, pollErr)
 }
 
-// take removes the session that waits on spot, nil if there is none: of all who
-// would wake it exactly one does.
-func (l *Idle) take(spot uint64) *Session {
+// take removes what waits on spot, nil if nothing does: of all who would wake it
+// exactly one does.
+func (l *Idle) take(spot uint64) waiter {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	s := l.sessions[spot]
-	delete(l.sessions, spot)
-	return s
+	w := l.waiters[spot]
+	if w != nil {
+		delete(l.waiters, spot)
+		l.count(w, -1)
+	}
+	return w
 }
 
-// wake gives s a goroutine if it waits here.
-func (l *Idle) wake(s *Session) {
+// wake gives w a goroutine if it waits here.
+func (l *Idle) wake(w waiter) {
 	l.mu.Lock()
-	waits := s.spot != 0 && l.sessions[s.spot] == s
+	spot := *w.place()
+	waits := spot != 0 && l.waiters[spot] == w
 	if waits {
-		delete(l.sessions, s.spot)
+		delete(l.waiters, spot)
+		l.count(w, -1)
 	}
 	l.mu.Unlock()
 	if waits {
-		go s.goOn()
+		go w.goOn()
 	}
 }
 
@@ -152,7 +223,7 @@ var (
 )
 
 // pause is called before each wait for the guest, and lets a session go without a
-// goroutine that has had nothing to do for a while, or nothing but heartbeats since
+// goroutine that has not published for a while, or not since
 // it last went without. free tells that no part of a frame has come, heard that frames
 // were served just now. The error is errIdle, or errEnded.
 func (s *Session) pause(free, heard bool) error {
@@ -185,3 +256,8 @@ func (s *Session) goOn() {
 	s.woken = true
 	s.run(nil)
 }
+
+// The parts of a waiter.
+func (s *Session) place() *uint64              { return &s.spot }
+func (s *Session) connection() syscall.RawConn { return s.raw }
+func (s *Session) over() bool                  { return s.ended.Load() != nil }

@@ -122,7 +122,7 @@ func (s *Session) read(early []byte) error {
 	rest := early // an incomplete frame, held in no more room than it needs
 	var err error
 	if !s.woken {
-		err = s.pause(false, true)
+		err = s.pause(len(rest) == 0, false) // a new one has nothing to do, as a rule
 	}
 	for err == nil {
 		var ws *workspace
@@ -210,7 +210,7 @@ func (s *Session) frame(ws **workspace, rest []byte) ([]byte, error) {
 	w := *ws
 	m := &w.msg
 	kind := m.AckKind()
-	s.woken = s.woken && (m.Type == wire.TypeHeartbeat || m.Type == wire.TypeAck)
+	s.woken = s.woken && m.Type != wire.TypePublish
 	s.spent++
 	if m.Type == wire.TypeSubscribe || m.Type == wire.TypeUnsubscribe {
 		s.spent += subscriptionCost - 1

@@ -76,27 +76,19 @@ func (s *Session) complete(rest []byte) ([]byte, error) {
 	}
 }
 
-// readOnce reads from a descriptor that does not block.
-func readOnce(fd uintptr, b []byte) (n int, err error) {
-	for {
-		if n, err = syscall.Read(int(fd), b); !errors.Is(err, syscall.EINTR) {
-			break
-		}
-	}
-	if n == 0 && err == nil {
-		err = io.EOF
-	}
-	return max(0, n), err
-}
-
 // readReady reads what a session that was idle was woken for, or gives errNothing: no
-// deadline counts, the one there is is an old one. It allocates nothing: this is most of
-// what ten thousand guests that beat have castrad do.
+// deadline counts, the one there is is an old one.
 func (s *Session) readReady(ws *workspace) (n int, err error) {
 	if s.ended.Load() != nil {
 		return 0, errEnded
 	}
-	if err = s.raw.Control(ws.ready); err != nil {
+	return ws.read(s.raw)
+}
+
+// read reads into buf what there is, or gives errNothing. It allocates nothing: this is
+// most of what ten thousand guests that beat have castrad do.
+func (ws *workspace) read(from syscall.RawConn) (n int, err error) {
+	if err = from.Control(ws.ready); err != nil {
 		return 0, err
 	}
 	if errors.Is(ws.err, syscall.EAGAIN) {

@@ -1,10 +1,13 @@
 package statefile
 
 import (
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
+	"sync"
 
 	"golang.org/x/sys/unix"
 )
@@ -13,23 +16,30 @@ import (
 // written last, or of what was there before; nothing is synced.
 //
 // What a file was before stays among the spares, and holds what it is next: the two
-// change places. A new file each time costs several times as much, on ext4 the more of
-// them were removed within the last minutes, since it searches past their inodes
-// (recently_deleted in the kernel's fs/ext4/ialloc.c). After a power cut a file may be
-// an older one, or empty if it was new.
+// change places. A new file each time costs several times as much. After a power cut a
+// file may be an older one, or empty if it was new.
+//
+// New files are made where ext4 puts the inodes of a directory without relatives, and
+// under a made-up name: without a journal it does not use an inode again for a minute or
+// more, and looks for each new one by going through those that were removed nearby
+// (recently_deleted in the kernel's fs/ext4/ialloc.c). That can take ten times as long
+// as all the rest.
 type Replacer struct {
 	Dir    string // where the files are
 	Spares string // another directory on the same file system, for nobody else
 	Perm   os.FileMode
+
+	once sync.Once
+	own  string // the directory within Spares that is used
 }
 
 // Replace gives the file called name the contents data. What is no file there, and can
 // not be replaced by one, is set aside. One goroutine at a time calls it for a name.
 func (r *Replacer) Replace(name string, data []byte) error {
-	spare, path := r.Spares+"/"+name, r.Dir+"/"+name
+	spare, path := r.spares()+"/"+name, r.Dir+"/"+name
 	err := r.fill(spare, data)
 	if errors.Is(err, fs.ErrNotExist) { // the first time, or somebody has tidied up
-		if err = os.MkdirAll(r.Spares, 0o750); err == nil {
+		if err = r.makeSpares(); err == nil {
 			err = r.fill(spare, data)
 		}
 	}
@@ -55,10 +65,43 @@ func (r *Replacer) Replace(name string, data []byte) error {
 	return nil
 }
 
+// spares gives the directory of the spares: that of an earlier run, or one to be made.
+func (r *Replacer) spares() string {
+	r.once.Do(func() {
+		r.own = filepath.Join(r.Spares, rand.Text())
+		entries, _ := os.ReadDir(r.Spares) // where it is not there, or cannot be read, is seen when a file is to be made
+		for _, e := range entries {
+			if e.IsDir() {
+				r.own = filepath.Join(r.Spares, e.Name())
+			}
+		}
+	})
+	return r.own
+}
+
+// topDir is FS_TOPDIR_FL of linux/fs.h.
+const topDir = 0x20000
+
+// makeSpares makes that directory.
+func (r *Replacer) makeSpares() error {
+	if err := os.MkdirAll(r.Spares, 0o750); err != nil {
+		return err
+	}
+	if f, err := os.Open(r.Spares); err == nil {
+		// chattr(1), +T: what is in it has nothing to do with each other. Other file
+		// systems do not know the word, and need not.
+		if flags, err := unix.IoctlGetInt(int(f.Fd()), unix.FS_IOC_GETFLAGS); err == nil {
+			_ = unix.IoctlSetPointerInt(int(f.Fd()), unix.FS_IOC_SETFLAGS, flags|topDir)
+		}
+		_ = f.Close() // nothing was written to it
+	}
+	return os.MkdirAll(r.own, 0o750)
+}
+
 // Remove removes the file called name, if there is one.
 func (r *Replacer) Remove(name string) error {
 	var errs []error
-	for _, dir := range []string{r.Spares, r.Dir} {
+	for _, dir := range []string{r.spares(), r.Dir} {
 		if err := os.Remove(dir + "/" + name); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			errs = append(errs, err)
 		}
@@ -77,9 +120,11 @@ func (r *Replacer) fill(path string, data []byte) error {
 		}
 		_ = unix.Close(fd)
 	}
-	if err := unix.Unlink(path); errors.Is(err, unix.EISDIR) {
-		if _, err := SetAside(path); err != nil {
-			return err
+	if !errors.Is(err, unix.ENOENT) {
+		if err := unix.Unlink(path); errors.Is(err, unix.EISDIR) {
+			if _, err := SetAside(path); err != nil {
+				return err
+			}
 		}
 	}
 	fd, err = unix.Open(path, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL|unix.O_CLOEXEC, uint32(r.Perm.Perm()))

@@ -47,14 +47,14 @@ func TestReplaceReuses(t *testing.T) {
 	path := filepath.Join(r.Dir, "f")
 	r.must(t, "a1")
 	r.must(t, "a2")
-	first, second := inode(t, filepath.Join(r.Spares, "f")), inode(t, path)
+	first, second := inode(t, filepath.Join(r.spares(), "f")), inode(t, path)
 	for i := range 10 {
 		r.must(t, fmt.Sprintf("b%d", i))
 		if want := []uint64{first, second}[i%2]; inode(t, path) != want {
 			t.Fatalf("write %d made a new file", i)
 		}
 	}
-	spare, err := os.OpenFile(filepath.Join(r.Spares, "f"), os.O_WRONLY, 0)
+	spare, err := os.OpenFile(filepath.Join(r.spares(), "f"), os.O_WRONLY, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -69,7 +69,10 @@ func TestReplaceReuses(t *testing.T) {
 	if err := r.Remove("f"); err != nil {
 		t.Fatal(err)
 	}
-	if left, _ := filepath.Glob(filepath.Dir(r.Dir) + "/*/*"); len(left) > 0 {
+	if left, _ := filepath.Glob(filepath.Dir(r.Dir) + "/*/f"); len(left) > 0 {
+		t.Errorf("left behind: %v", left)
+	}
+	if left, _ := filepath.Glob(r.spares() + "/*"); len(left) > 0 {
 		t.Errorf("left behind: %v", left)
 	}
 	if err := r.Remove("f"); err != nil {
@@ -128,6 +131,25 @@ func TestReplaceIsWhole(t *testing.T) {
 	}
 }
 
+// The next process finds the spares of the one before, and makes no more of them.
+func TestReplaceFindsSpares(t *testing.T) {
+	r := replacer(t)
+	for range 2 {
+		r.must(t, "a")
+	}
+	first := inode(t, filepath.Join(r.Dir, "f"))
+	next := &Replacer{Dir: r.Dir, Spares: r.Spares, Perm: r.Perm}
+	for range 2 {
+		next.must(t, "b")
+	}
+	if got := inode(t, filepath.Join(r.Dir, "f")); got != first {
+		t.Error("another file is used where there was a spare")
+	}
+	if dirs, _ := filepath.Glob(r.Spares + "/*"); len(dirs) != 1 {
+		t.Errorf("there are %v", dirs)
+	}
+}
+
 // What is in the place of a file, or of its spare, is neither followed nor lost.
 func TestReplaceWhatIsNoFile(t *testing.T) {
 	for name, put := range map[string]func(path string) error{
@@ -142,8 +164,8 @@ func TestReplaceWhatIsNoFile(t *testing.T) {
 				if err := os.WriteFile(victim, []byte("v0"), 0o600); err != nil {
 					t.Fatal(err)
 				}
-				_ = os.Mkdir(r.Spares, 0o750)
-				path := filepath.Join(filepath.Dir(r.Dir), where, "f")
+				_ = os.MkdirAll(r.spares(), 0o750)
+				path := filepath.Join(map[string]string{"files": r.Dir, "spares": r.spares()}[where], "f")
 				if err := put(path); err != nil {
 					t.Fatal(err)
 				}

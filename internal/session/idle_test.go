@@ -41,20 +41,18 @@ func TestIdleNobodyWaitsForAnother(t *testing.T) {
 	l := idle(t)
 	const n = 4 * maxSpare
 	var running atomic.Int32
-	all := make(chan struct{}) // closed when all run at once
 	ended := make(chan struct{}, 3*n)
 	for range 3 { // those that have ended then are more than are kept
 		running.Store(0)
-		again := make(chan struct{})
-		all = again
+		all := make(chan struct{}) // closed when all run at once
 		for range n {
 			c, peer := pair(t)
 			f := &fake{conn: c}
 			f.run = func() {
 				if running.Add(1) == n {
-					close(again)
+					close(all)
 				}
-				<-again
+				<-all
 				ended <- struct{}{}
 			}
 			if !l.add(f) {

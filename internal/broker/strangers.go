@@ -22,7 +22,7 @@ const (
 	strangersInterval = 5 * time.Minute
 	// strangersFirst is when that is first done: not while all guests come back that the
 	// castrad before had, for it reads the directories of ten thousand.
-	strangersFirst = 20 * time.Second
+	strangersFirst = 2 * time.Minute
 
 	// leastShare is what a stranger's stream may take, however many there are.
 	leastShare = 64 << 10

@@ -86,6 +86,18 @@ func TestConnDeadlinePassed(t *testing.T) {
 	})
 }
 
+// A deadline that was set before there was anything to wait for counts then.
+func TestConnDeadlineComes(t *testing.T) {
+	each(t, func(t *testing.T, c *conn, _ *net.UnixConn, _ bool, call func() error) {
+		if err := c.SetDeadline(time.Now().Add(20 * time.Millisecond)); err != nil {
+			t.Fatal(err)
+		}
+		if err := call(); !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("%v, and not that the deadline has passed", err)
+		}
+	})
+}
+
 // Who waits is woken by a deadline that is set then, and by the end.
 func TestConnWakes(t *testing.T) {
 	for _, end := range []string{"deadline", "close"} {

@@ -87,14 +87,14 @@ func (s *Session) readReady(ws *workspace) (n int, err error) {
 
 // read reads into buf what there is, or gives errNothing. It allocates nothing: this is
 // most of what ten thousand guests that beat have castrad do.
-func (ws *workspace) read(from syscall.RawConn) (n int, err error) {
-	if err = from.Control(ws.ready); err != nil {
+func (w *workspace) read(from syscall.RawConn) (n int, err error) {
+	if err = from.Control(w.ready); err != nil {
 		return 0, err
 	}
-	if errors.Is(ws.err, syscall.EAGAIN) {
+	if errors.Is(w.err, syscall.EAGAIN) {
 		return 0, errNothing
 	}
-	return ws.n, ws.err
+	return w.n, w.err
 }
 
 // readInto reads once, waiting until it can, or gives errNothing. The buffer is asked

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os/exec"
+	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -177,7 +178,7 @@ type floodRate struct {
 // measure looks at a flood for so long.
 func (f *flood) measure(castrad *exec.Cmd, d time.Duration) floodRate {
 	f.Helper()
-	defer f.profile("flood", d)()
+	defer f.profile(filepath.Base(f.dir), d)()
 	before, acked, heard := f.usageOf(castrad), f.acked.Load(), f.heard.Load()
 	f.timed.Store(true)
 	time.Sleep(d)

@@ -46,6 +46,9 @@ func (l *lab) profile(what string, d time.Duration) (done func()) {
 	return l.fetchProfile(what+".cpu", fmt.Sprintf("profile?seconds=%d", max(1, int(d.Seconds()))))
 }
 
+// heapProfile takes one of what castrad has in use, if there are to be any.
+func (l *lab) heapProfile() { l.fetchProfile("heap", "heap?gc=1")() }
+
 // fetchProfile writes what net/http/pprof answers into a file, in the background.
 func (l *lab) fetchProfile(what, query string) (done func()) {
 	dir := os.Getenv(profileDir)

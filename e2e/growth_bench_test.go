@@ -22,6 +22,9 @@ const keptLogs = "CASTRA_BENCH_LOGS"
 type past struct {
 	name  string
 	store string // what its [store] is to say
+	// register, if there is one, defines VMs: names that nobody has registered have to
+	// share what is kept, and with thousands of them each would have little.
+	register func(l *lab)
 	// make has a castrad, which does not sync, take it in.
 	make func(b *testing.B, l *lab)
 	// again, if there is one, makes a castrad that has just been started know of it.
@@ -44,7 +47,14 @@ func BenchmarkNoGrowth(b *testing.B) {
 			},
 		},
 		{
-			name: fmt.Sprintf("%d-streams", streams), make: func(b *testing.B, l *lab) { l.publishOnce(b, streams, "1") },
+			name: fmt.Sprintf("%d-streams", streams),
+			register: func(l *lab) {
+				l.manyVMs(streams)
+				for i := range w2.guests {
+					l.write(fmt.Sprintf("vms.d/pub%d.toml", i), "no_key = true\n")
+				}
+			},
+			make:  func(b *testing.B, l *lab) { l.publishOnce(b, streams, "1") },
 			again: func(b *testing.B, l *lab) { l.publishOnce(b, streams, "2") },
 		},
 		{
@@ -61,6 +71,9 @@ func (p *past) measure(b *testing.B) {
 	const rounds, starts, settle, d = 5, 3, time.Second, 5 * time.Second
 	full, empty := newLab(b), newLab(b)
 	kept := p.keep(b, full)
+	if p.register != nil {
+		p.register(full)
+	}
 	full.loadedConfig(p.store + "\nsync = \"never\"")
 	if !kept {
 		castrad := full.startCastrad("castrad-before")

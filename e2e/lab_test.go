@@ -153,6 +153,7 @@ func (l *lab) writeLoaded(store string) {
 	l.Helper()
 	l.write("castrad.toml", `[broker]
 listen = ["127.0.0.1:%d"]
+vms_dir = %q
 unknown_vms = "accept"
 guest_topics = ["bench.>"]
 session_timeout = "10m"
@@ -164,7 +165,7 @@ publish_bytes = "1GiB"
 state_dir = %q
 log_dir = %q
 %s
-`, l.port, l.path("state"), l.path("log"), store)
+`, l.port, l.path("vms.d"), l.path("state"), l.path("log"), store)
 }
 
 // startCastrad starts castrad with the lab's configuration; its output is in

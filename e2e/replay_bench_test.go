@@ -278,7 +278,7 @@ func BenchmarkLaggingSubscriber(b *testing.B) {
 				p99s = append(p99s, s.quantile(.99)/q.quantile(.99))
 				quiet.all, beside.all = append(quiet.all, q.all...), append(beside.all, s.all...)
 				b.Logf("p50 %.0f and %.0f µs, p99 %.0f and %.0f; castrad takes %.2f of a core", q.quantile(.5), s.quantile(.5), q.quantile(.99), s.quantile(.99),
-					(after.cpu - before.cpu).Seconds()/math.Max(after.at.Sub(before.at).Seconds(), 1))
+					(after.cpu-before.cpu).Seconds()/math.Max(after.at.Sub(before.at).Seconds(), 1))
 			}
 			b.ReportMetric(quiet.quantile(.5), "quiet-p50-µs")
 			b.ReportMetric(beside.quantile(.5), "p50-µs")

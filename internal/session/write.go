@@ -108,6 +108,9 @@ func (s *Session) deliverAll() error {
 		if err != nil || !more {
 			return err
 		}
+		if rest := s.rests(); rest > 0 {
+			time.Sleep(rest)
+		}
 	}
 }
 

@@ -1,7 +1,9 @@
 package e2e
 
 import (
+	"bytes"
 	"fmt"
+	"io"
 	"math"
 	"os"
 	"os/exec"
@@ -149,7 +151,7 @@ func BenchmarkReplayToOne(b *testing.B) {
 const replayerEnv = "CASTRA_REPLAYER"
 
 // TestReplayer hears so many records from the first on, again and again, until it is
-// killed: it is a part of BenchmarkLaggingSubscriber.
+// killed, and says how many a second: it is a part of BenchmarkLaggingSubscriber.
 func TestReplayer(t *testing.T) {
 	args := os.Getenv(replayerEnv)
 	if args == "" {
@@ -163,20 +165,22 @@ func TestReplayer(t *testing.T) {
 	p := l.connect("replayer")
 	in := &frames{r: p.r, buf: make([]byte, 1<<20)}
 	for {
+		began := time.Now()
 		if err := p.subscribe(); err != nil {
 			t.Fatal(err)
 		}
 		if err := p.hear(in, records); err != nil {
 			t.Fatal(err)
 		}
+		fmt.Println(float64(records) / time.Since(began).Seconds())
 	}
 }
 
-// beside starts this test binary as something else that runs beside a measurement.
-func (l *lab) beside(env string, argv ...string) (stop func()) {
+// beside starts a process that runs beside a measurement and writes to out.
+func (l *lab) beside(out io.Writer, env string, argv ...string) (stop func()) {
 	l.Helper()
 	cmd := exec.Command(argv[0], argv[1:]...)
-	cmd.Env = append(os.Environ(), env)
+	cmd.Env, cmd.Stdout = append(os.Environ(), env), out
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := cmd.Start(); err != nil {
 		l.Fatal(err)
@@ -245,28 +249,29 @@ func BenchmarkLaggingSubscriber(b *testing.B) {
 	}
 	for _, c := range []struct {
 		name  string
-		start func(*lab) (stop func())
+		start func(l *lab, out io.Writer) (stop func())
 	}{
-		{"replaying", func(l *lab) func() {
-			return l.beside(fmt.Sprintf("%s=%d %d", replayerEnv, l.port, records), os.Args[0], "-test.run=^TestReplayer$", "-test.timeout=0")
+		{"replaying", func(l *lab, out io.Writer) func() {
+			return l.beside(out, fmt.Sprintf("%s=%d %d", replayerEnv, l.port, records), os.Args[0], "-test.run=^TestReplayer$", "-test.timeout=0")
 		}},
-		{"reading-nothing", func(l *lab) func() {
+		{"reading-nothing", func(l *lab, _ io.Writer) func() {
 			p := l.connect("deaf")
 			if err := p.subscribe(); err != nil {
 				l.Fatal(err)
 			}
 			return func() { _ = p.Close() }
 		}},
-		{"not-subscribed", func(l *lab) func() { return l.beside("", "sh", "-c", "while :; do :; done") }},
+		{"not-subscribed", func(l *lab, out io.Writer) func() { return l.beside(out, "", "sh", "-c", "while :; do :; done") }},
 	} {
 		b.Run(c.name, func(b *testing.B) {
 			l := &lab{TB: b, dir: l.dir, port: l.port}
 			publish(time.Second)
 			var quiet, beside latencies
-			var p50s, p99s []float64
+			var p50s, p99s, replays []float64
+			var said bytes.Buffer // how many records a second the third hears
 			for range rounds {
 				q := publish(each)
-				stop := c.start(l)
+				stop := c.start(l, &said)
 				time.Sleep(500 * time.Millisecond) // until it is in full swing
 				done := l.profile("beside", each)
 				before := l.usageOf(castrad)
@@ -279,6 +284,16 @@ func BenchmarkLaggingSubscriber(b *testing.B) {
 				quiet.all, beside.all = append(quiet.all, q.all...), append(beside.all, s.all...)
 				b.Logf("p50 %.0f and %.0f µs, p99 %.0f and %.0f; castrad takes %.2f of a core", q.quantile(.5), s.quantile(.5), q.quantile(.99), s.quantile(.99),
 					(after.cpu-before.cpu).Seconds()/math.Max(after.at.Sub(before.at).Seconds(), 1))
+			}
+			for said.Len() > 0 {
+				var rate float64
+				if _, err := fmt.Fscanln(&said, &rate); err != nil {
+					b.Fatal(err)
+				}
+				replays = append(replays, rate)
+			}
+			if len(replays) > 0 {
+				b.ReportMetric(median(replays), "replayed/s")
 			}
 			b.ReportMetric(quiet.quantile(.5), "quiet-p50-µs")
 			b.ReportMetric(beside.quantile(.5), "p50-µs")

@@ -3,32 +3,36 @@ package e2e
 import (
 	"bufio"
 	"bytes"
-	"encoding/json"
 	"fmt"
 	"os"
 	"os/exec"
 	"slices"
 	"strconv"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 )
 
-// benchLab is a lab whose castrad lets any guest publish any amount.
-func benchLab(b *testing.B) *lab {
+// benchLab is a lab whose castrad lets any guest publish any amount; store is what
+// else its [store] is to say.
+func benchLab(b *testing.B, store string) (*lab, *exec.Cmd) {
 	l := newLab(b)
-	l.loadedConfig("")
-	l.startCastrad("castrad")
+	l.loadedConfig(store)
+	castrad := l.profiledCastrad("castrad")
 	l.answers()
-	return l
+	return l, castrad
 }
 
 // body is a publish frame with a payload of 256 bytes that says when it was due.
 func body(n int, due time.Time) []byte {
+	return append(append([]byte(`{"type":"publish","topic":"bench.latency","payload":`), payloadOf(256, n, due)...), '}')
+}
+
+// payloadOf is a payload of so many bytes, at least 64, that says when it was due.
+func payloadOf(size, n int, due time.Time) []byte {
 	payload := fmt.Appendf(nil, `{"t":%d,"n":%d,"pad":"`, due.UnixNano(), n)
-	payload = append(payload, bytes.Repeat([]byte("x"), 256-2-len(payload))...)
-	return append(append([]byte(`{"type":"publish","topic":"bench.latency","payload":`), payload...), `"}}`...)
+	payload = append(payload, bytes.Repeat([]byte("x"), size-2-len(payload))...)
+	return append(payload, `"}`...)
 }
 
 // taken gives how long ago the record in line was due.
@@ -61,16 +65,20 @@ func (l *latencies) len() int {
 }
 
 func (l *latencies) report(b *testing.B, what string) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	slices.Sort(l.all)
 	for _, q := range []struct {
 		name string
 		at   float64
 	}{{"p50", .5}, {"p99", .99}, {"p99.9", .999}} {
-		v := l.all[int(q.at*float64(len(l.all)-1))]
-		b.ReportMetric(float64(v.Microseconds()), what+"-"+q.name+"-µs")
+		b.ReportMetric(l.quantile(q.at), what+"-"+q.name+"-µs")
 	}
+}
+
+// quantile gives the one at q of 0 to 1, in µs.
+func (l *latencies) quantile(q float64) float64 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	slices.Sort(l.all)
+	return us(l.all, q)
 }
 
 // BenchmarkLatency publishes 1,000 records a second on a schedule that waits
@@ -78,7 +86,7 @@ func (l *latencies) report(b *testing.B, what string) {
 // to another guest, and to the line that castractl writes.
 func BenchmarkLatency(b *testing.B) {
 	const rate = 1000
-	l := benchLab(b)
+	l, _ := benchLab(b, "")
 	var acks, deliveries, terminal latencies
 	var work sync.WaitGroup
 	defer work.Wait()
@@ -174,64 +182,4 @@ func BenchmarkLatency(b *testing.B) {
 	b.ReportMetric(0, "ns/op")
 	_ = sub.Close()
 	_ = tail.Process.Kill()
-}
-
-// BenchmarkAckedRate has 8 guests with 64 records outstanding each, and counts
-// the acknowledged ones.
-func BenchmarkAckedRate(b *testing.B) {
-	const guests, outstanding = 8, 64
-	l := benchLab(b)
-	var acked atomic.Int64
-	var work sync.WaitGroup
-	var stop atomic.Bool
-	frame := body(0, time.Now())
-	for g := range guests {
-		p, err := dialWire(l.port, fmt.Sprintf("pub%d", g))
-		if err != nil {
-			b.Fatal(err)
-		}
-		b.Cleanup(func() { _ = p.Close() })
-		work.Go(func() {
-			burst := func(n int) bool {
-				w := p.(*wirePeer)
-				var out []byte
-				for range n {
-					out = append(out, 0, 0, byte(len(frame)>>8), byte(len(frame)))
-					out = append(out, frame...)
-				}
-				_, err := w.Write(out)
-				return err == nil
-			}
-			if !burst(outstanding) {
-				return
-			}
-			for !stop.Load() {
-				got := 0
-				for first := true; first || p.(*wirePeer).r.Buffered() > 0; first = false {
-					f, err := p.receive()
-					var a struct{ Status string }
-					if err != nil || json.Unmarshal(f, &a) != nil || a.Status != "ok" {
-						b.Errorf("%s, %v", f, err)
-						return
-					}
-					got++
-				}
-				acked.Add(int64(got))
-				if !burst(got) {
-					return
-				}
-			}
-		})
-	}
-	const settle, measure = time.Second, 5 * time.Second
-	time.Sleep(settle)
-	before := acked.Load()
-	b.ResetTimer()
-	time.Sleep(measure)
-	n := acked.Load() - before
-	b.StopTimer()
-	stop.Store(true)
-	work.Wait()
-	b.ReportMetric(float64(n)/measure.Seconds(), "acked/s")
-	b.ReportMetric(0, "ns/op")
 }

@@ -127,27 +127,19 @@ func (l *lab) guestsBeat(n int) (took time.Duration, stop func()) {
 // of them connected, and starts it again. CASTRA_BENCH_GUESTS is how many; both this
 // process and castrad take a descriptor for each (ulimit -n), castrad half of its own.
 func BenchmarkIdleGuests(b *testing.B) {
-	n := 10_000
-	if s := os.Getenv("CASTRA_BENCH_GUESTS"); s != "" {
-		var err error
-		if n, err = strconv.Atoi(s); err != nil {
-			b.Fatal(err)
-		}
-	}
+	n := int(fromEnv(b, "CASTRA_BENCH_GUESTS", 10_000))
 	var limit syscall.Rlimit
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil || limit.Cur < uint64(2*n) {
 		b.Skipf("%d guests need %d descriptors, there may be %d: ulimit -n", n, 2*n, limit.Cur)
 	}
-	l := newLab(b)
-	l.loadedConfig("")
-	castrad := l.startCastrad("castrad")
-	l.answers()
+	l, castrad := benchLab(b, "")
 	empty := l.usageOf(castrad)
 	took, stop := l.guestsBeat(n)
 	time.Sleep(30 * time.Second) // sessions go idle, memory that connecting took is given back
 	l.reportIdle(b, castrad, time.Minute)
 	b.ReportMetric(float64(l.usageOf(castrad).rss-empty.rss)/float64(n), "KiB/guest")
 	b.ReportMetric(took.Seconds(), "connected-s")
+	l.heapProfile()
 	_ = castrad.Process.Kill()
 	_ = castrad.Wait()
 	stop()
@@ -235,5 +227,18 @@ func BenchmarkUsualHost(b *testing.B) {
 	acks.report(b, "ack")
 	terminal.report(b, "terminal")
 	b.ReportMetric(100*(after.cpu-before.cpu).Seconds()/after.at.Sub(before.at).Seconds(), "busy-cpu-%")
+	b.ReportMetric(0, "ns/op")
+}
+
+// BenchmarkIdleGuestd has a castra-guestd that hears two topics for programs beside it,
+// serves its socket and D-Bus, and has nothing to do but beat.
+func BenchmarkIdleGuestd(b *testing.B) {
+	l, _ := benchLab(b, "")
+	guestd := l.guestIn("idle", "")
+	l.castractl("wait", "idle")
+	l.tailInGuest("idle", "broadcast")
+	l.castractl("wait", "idle", "--for", "subscribed")
+	time.Sleep(5 * time.Second)
+	l.reportIdle(b, guestd, time.Minute)
 	b.ReportMetric(0, "ns/op")
 }

@@ -69,12 +69,18 @@ func (l *lab) write(name, format string, args ...any) string {
 // NAME.log and shown if the test fails. A test that ends it earlier waits for it.
 func (l *lab) start(name string, env []string, argv ...string) *exec.Cmd {
 	l.Helper()
+	return l.startWith(name, env, nil, argv...)
+}
+
+// startWith is start for a process that gets files, too, as descriptors 3 and so on.
+func (l *lab) startWith(name string, env []string, files []*os.File, argv ...string) *exec.Cmd {
+	l.Helper()
 	out, err := os.Create(l.path(name + ".log"))
 	if err != nil {
 		l.Fatal(err)
 	}
 	cmd := exec.Command(argv[0], argv[1:]...)
-	cmd.Dir, cmd.Env, cmd.Stdout, cmd.Stderr = l.dir, append(os.Environ(), env...), out, out
+	cmd.Dir, cmd.Env, cmd.Stdout, cmd.Stderr, cmd.ExtraFiles = l.dir, append(os.Environ(), env...), out, out, files
 	// Should the test binary be killed, no clean-up runs.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := cmd.Start(); err != nil {
@@ -145,8 +151,15 @@ func (l *lab) loadedConfig(store string) {
 	l.Helper()
 	l.hostBus = l.bus("host")
 	l.port = freePort(l.TB)
+	l.writeLoaded(store)
+}
+
+// writeLoaded is loadedConfig for a lab that has had one.
+func (l *lab) writeLoaded(store string) {
+	l.Helper()
 	l.write("castrad.toml", `[broker]
 listen = ["127.0.0.1:%d"]
+vms_dir = %q
 unknown_vms = "accept"
 guest_topics = ["bench.>"]
 session_timeout = "10m"
@@ -158,7 +171,7 @@ publish_bytes = "1GiB"
 state_dir = %q
 log_dir = %q
 %s
-`, l.port, l.path("state"), l.path("log"), store)
+`, l.port, l.path("vms.d"), l.path("state"), l.path("log"), store)
 }
 
 // startCastrad starts castrad with the lab's configuration; its output is in

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"runtime"
 	"sync"
+	"time"
 )
 
 // Couriers deliver to sessions: as many goroutines as there are processors, which take
@@ -145,6 +146,12 @@ func (w *courier) attend(s *Session) {
 		more, err := s.deliverSome(w)
 		if err != nil && !errors.Is(err, errEnded) {
 			s.End(TroubleIOError, err.Error())
+		}
+		if err == nil && more {
+			if rest := s.rests(); rest > 0 {
+				w.leave()
+				time.Sleep(rest)
+			}
 		}
 		switch {
 		case err == nil && more && !w.left:

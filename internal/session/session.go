@@ -181,6 +181,7 @@ type Session struct {
 
 	stuck      atomic.Int64 // bytes that wait for the guest to read; 0: none do
 	deliveries delivering
+	up         *readingUp     // of who delivers; nil: it is not far behind
 	background sync.WaitGroup // searches of the log
 	ended      atomic.Pointer[End]
 	done       func()                // called once, when all of it has ended

@@ -1,0 +1,246 @@
+package e2e
+
+import (
+	"bytes"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// keptLogs is the variable that names a directory where logs that take minutes to make
+// are left for the next run; what it adds to them stays in them.
+const keptLogs = "CASTRA_BENCH_LOGS"
+
+// A past is what castrad has behind it when it is measured.
+type past struct {
+	name  string
+	store string // what its [store] is to say
+	// register, if there is one, defines VMs: names that nobody has registered have to
+	// share what is kept, and with thousands of them each would have little.
+	register func(l *lab)
+	// make has a castrad, which does not sync, take it in.
+	make func(b *testing.B, l *lab)
+	// again, if there is one, makes a castrad that has just been started know of it.
+	again func(b *testing.B, l *lab)
+}
+
+// BenchmarkNoGrowth compares a castrad that has much behind it with an empty one, by
+// turns: what it acknowledges of W2's load, and how long it takes to start, with
+// nothing of its log in the page cache.
+func BenchmarkNoGrowth(b *testing.B) {
+	gib := fromEnv(b, "CASTRA_BENCH_GIB", 1)
+	hours := fromEnv(b, "CASTRA_BENCH_HOURS", .25)
+	streams := int(fromEnv(b, "CASTRA_BENCH_STREAMS", 10_000))
+	for _, p := range []past{
+		{
+			name: fmt.Sprintf("%gGiB", gib), store: `host_retention_size = "1TiB"`,
+			make: func(_ *testing.B, l *lab) {
+				const size = 4 << 10
+				l.flood(floodLoad{guests: 8, size: size, window: 64, total: int64(gib * (1 << 30) / size)}).end()
+			},
+		},
+		{
+			name: fmt.Sprintf("%d-streams", streams),
+			register: func(l *lab) {
+				l.manyVMs(streams)
+				for i := range w2.guests {
+					l.write(fmt.Sprintf("vms.d/pub%d.toml", i), "no_key = true\n")
+				}
+			},
+			make:  func(b *testing.B, l *lab) { l.publishOnce(b, streams, "1") },
+			again: func(b *testing.B, l *lab) { l.publishOnce(b, streams, "2") },
+		},
+		{
+			name: fmt.Sprintf("%gh-of-50-VMs", hours), make: func(_ *testing.B, l *lab) {
+				l.flood(floodLoad{guests: 50, size: 256, window: 64, lasting: true, total: int64(hours * 3600 * 50 * 10)}).end()
+			},
+		},
+	} {
+		b.Run(p.name, func(b *testing.B) { p.measure(b) })
+	}
+}
+
+func (p *past) measure(b *testing.B) {
+	const rounds, starts, settle, d = 5, 3, time.Second, 5 * time.Second
+	full, empty := newLab(b), newLab(b)
+	kept := p.keep(b, full)
+	if p.register != nil {
+		p.register(full)
+	}
+	full.loadedConfig(p.store + "\nsync = \"never\"")
+	if !kept {
+		castrad := full.startCastrad("castrad-before")
+		full.answers()
+		began := time.Now()
+		p.make(b, full)
+		full.stop("castrad-before", castrad)
+		b.Logf("made in %v", time.Since(began).Round(time.Second))
+	}
+	full.writeLoaded(p.store)
+	empty.loadedConfig(p.store)
+	size, files := full.logSize()
+
+	var fullStarts, emptyStarts, fullRates, emptyRates, fullCPU, emptyCPU, fullP99, emptyP99, rate, cpu []float64
+	var castrad *exec.Cmd
+	for i := range starts {
+		if castrad != nil {
+			full.stop("castrad", castrad)
+		}
+		full.coldLog()
+		var took time.Duration
+		castrad, took = full.timedStart(fmt.Sprint("castrad", i))
+		fullStarts = append(fullStarts, took.Seconds()*1e3)
+	}
+	if p.again != nil {
+		p.again(b, full)
+	}
+	load := func(l *lab, castrad *exec.Cmd) floodRate {
+		l.coldLog() // what was written or removed before is not to be written beside it
+		f := l.flood(w2)
+		time.Sleep(settle)
+		r := f.measure(castrad, d)
+		f.end()
+		return r
+	}
+	var rss floodRate
+	for i := range rounds {
+		castradOfNone, took := empty.timedStart(fmt.Sprint("castrad", i))
+		e := load(empty, castradOfNone)
+		empty.stop("castrad", castradOfNone)
+		for _, dir := range []string{"log", "state"} {
+			if err := os.RemoveAll(empty.path(dir)); err != nil {
+				b.Fatal(err)
+			}
+		}
+		f := load(full, castrad)
+		b.Logf("empty %.0f/s, %.2f s per 100,000, ack p99 %.1f ms; full %.0f/s, %.2f s, %.1f ms", e.perSecond, e.cpu, e.p99/1e3, f.perSecond, f.cpu, f.p99/1e3)
+		emptyStarts = append(emptyStarts, took.Seconds()*1e3)
+		emptyRates, fullRates = append(emptyRates, e.perSecond), append(fullRates, f.perSecond)
+		emptyCPU, fullCPU = append(emptyCPU, e.cpu), append(fullCPU, f.cpu)
+		emptyP99, fullP99 = append(emptyP99, e.p99/1e3), append(fullP99, f.p99/1e3)
+		rate, cpu = append(rate, f.perSecond/e.perSecond), append(cpu, f.cpu/e.cpu)
+		rss = f
+	}
+	full.castractl("bus", "tail", "-n", "1", "--no-follow")
+	for what, all := range map[string][]float64{
+		"start-ms": fullStarts, "empty-start-ms": emptyStarts, "acked/s": fullRates, "empty-acked/s": emptyRates,
+		"cpu-s/100k": fullCPU, "empty-cpu-s/100k": emptyCPU, "ack-p99-ms": fullP99, "empty-ack-p99-ms": emptyP99,
+		"times-acked": rate, "times-cpu": cpu,
+	} {
+		b.ReportMetric(median(all), what)
+	}
+	b.ReportMetric(rss.rss, "RSS-MiB")
+	b.ReportMetric(float64(size)/(1<<30), "log-GiB")
+	b.ReportMetric(float64(files), "log-files")
+	b.ReportMetric(0, "ns/op")
+}
+
+// keep has l's log and state in the directory for kept ones, if there is one, and tells
+// whether they are there already.
+func (p *past) keep(b *testing.B, l *lab) (there bool) {
+	b.Helper()
+	dir := os.Getenv(keptLogs)
+	if dir == "" {
+		return false
+	}
+	dir, err := filepath.Abs(filepath.Join(dir, p.name))
+	if err != nil {
+		b.Fatal(err)
+	}
+	_, err = os.Stat(dir)
+	for _, name := range []string{"log", "state"} {
+		if err := os.MkdirAll(filepath.Join(dir, name), 0o755); err != nil {
+			b.Fatal(err)
+		}
+		if err := os.Symlink(filepath.Join(dir, name), l.path(name)); err != nil {
+			b.Fatal(err)
+		}
+	}
+	return err == nil
+}
+
+// logSize gives the bytes in the lab's log and the number of its files.
+func (l *lab) logSize() (bytes int64, files int) {
+	l.Helper()
+	dir, err := filepath.EvalSymlinks(l.path("log"))
+	if err == nil {
+		err = filepath.WalkDir(dir, func(_ string, d os.DirEntry, err error) error {
+			if err != nil || d.IsDir() {
+				return err
+			}
+			st, err := d.Info()
+			if err == nil {
+				bytes, files = bytes+st.Size(), files+1
+			}
+			return err
+		})
+	}
+	if err != nil {
+		l.Fatal(err)
+	}
+	return bytes, files
+}
+
+// timedStart starts castrad and gives how long it took to tell the service manager that
+// it is ready, by when it listens.
+func (l *lab) timedStart(name string) (castrad *exec.Cmd, took time.Duration) {
+	l.Helper()
+	_ = os.Remove(l.path("notify"))
+	manager, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: l.path("notify")})
+	if err != nil {
+		l.Fatal(err)
+	}
+	defer manager.Close()
+	l.Setenv("NOTIFY_SOCKET", l.path("notify"))
+	defer os.Unsetenv("NOTIFY_SOCKET")
+	began := time.Now()
+	castrad = l.profiledCastrad(name)
+	_ = manager.SetReadDeadline(began.Add(10 * time.Minute)) // it copies what a castrad before was killed over
+	for buf := make([]byte, 4096); ; {
+		n, err := manager.Read(buf)
+		if err != nil {
+			l.Fatal(err)
+		}
+		if bytes.Contains(buf[:n], []byte("READY=1")) {
+			break
+		}
+	}
+	took = time.Since(began)
+	l.connect("first") // or it would not serve
+	return castrad, took
+}
+
+// publishOnce has so many VMs connect, publish a record with that id and leave.
+func (l *lab) publishOnce(b *testing.B, vms int, id string) {
+	var next atomic.Int64
+	var work sync.WaitGroup
+	for range 64 {
+		work.Go(func() {
+			for n := int(next.Add(1)); n <= vms && !b.Failed(); n = int(next.Add(1)) {
+				p, err := dialWire(l.port, fmt.Sprintf("vm%d", n))
+				if err == nil {
+					err = p.send(fmt.Appendf(nil, `{"type":"publish","topic":"bench.once","id":%q,"payload":{"n":%d}}`, id, n))
+				}
+				var answer []byte
+				if err == nil {
+					answer, err = p.receive()
+					_ = p.Close()
+				}
+				if err != nil || !strings.Contains(string(answer), `"status":"ok"`) {
+					b.Errorf("vm%d: %s, %v", n, answer, err)
+				}
+			}
+		})
+	}
+	work.Wait()
+	if b.Failed() {
+		b.FailNow()
+	}
+}

@@ -144,7 +144,7 @@ func (f *flood) listen() {
 			return
 		}
 		f.heard.Add(n + 1)
-		if f.load.lasting {
+		if f.load.lasting && bytes.HasPrefix(last, []byte(`{"type":"publish"`)) {
 			_, digits, _ := bytes.Cut(last, []byte(`"seq":`))
 			digits, _, _ = bytes.Cut(digits, []byte(","))
 			_ = f.listener.send(fmt.Appendf(nil, `{"type":"ack","ack":"publish","subscription":%q,"seq":%s}`, floodTopic, digits))
@@ -178,7 +178,7 @@ type floodRate struct {
 // measure looks at a flood for so long.
 func (f *flood) measure(castrad *exec.Cmd, d time.Duration) floodRate {
 	f.Helper()
-	defer f.profile(filepath.Base(f.dir), d)()
+	profiled := f.profile(filepath.Base(f.dir), d)
 	before, acked, heard := f.usageOf(castrad), f.acked.Load(), f.heard.Load()
 	f.timed.Store(true)
 	time.Sleep(d)
@@ -186,6 +186,7 @@ func (f *flood) measure(castrad *exec.Cmd, d time.Duration) floodRate {
 	n := float64(f.acked.Load() - acked)
 	heard = f.heard.Load() - heard
 	after := f.usageOf(castrad)
+	profiled()
 	s := after.at.Sub(before.at).Seconds()
 	var all latencies
 	for i := range f.waits {

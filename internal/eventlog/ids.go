@@ -20,11 +20,11 @@ const (
 	// (contract: a retry among at least the last 65,536 is stored once).
 	idWindow = 65536
 
-	// idBudget bounds the bytes of ids in memory over all VMs: some 25 whose
-	// windows are full, or a hundred thousand that have few ids. Beyond it the
+	// idBudget bounds the bytes of ids in memory over all VMs: some 50 whose
+	// windows are full, or two hundred thousand that have few ids. Beyond it the
 	// VMs that published longest ago are read again when needed, which takes
-	// about a millisecond.
-	idBudget = 64 << 20
+	// about a millisecond: where more than that publish in turn it is so nearly each time.
+	idBudget = 128 << 20
 
 	// idLoads is how many tables are read at once; each may exceed the budget.
 	idLoads = 4

@@ -130,7 +130,7 @@ func (x *idIndex) table(ctx context.Context, vm string, holding bool) (*idTable,
 // load fills t from its file once there is room.
 func (x *idIndex) load(t *idTable, holding bool) {
 	if !holding && !x.awaitRoom() {
-		t.err = errors.New("the ids of other VMs take all the memory, and cannot be written to disk")
+		t.err = errors.New("the ids of other VMs take all the memory until they are on disk; try again")
 		return
 	}
 	x.loads <- struct{}{}

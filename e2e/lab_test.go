@@ -35,9 +35,7 @@ type lab struct {
 
 func newLab(t testing.TB) *lab {
 	t.Helper()
-	if os.Getenv("CASTRA_E2E") != "1" {
-		t.Skip("needs a machine of its own: set CASTRA_E2E=1, or run `make test`")
-	}
+	endToEnd(t)
 	if err := os.MkdirAll("../.run", 0o755); err != nil {
 		t.Fatal(err)
 	}
@@ -51,6 +49,14 @@ func newLab(t testing.TB) *lab {
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	return &lab{TB: t, dir: dir}
+}
+
+// endToEnd skips what is no unit test where those run.
+func endToEnd(t testing.TB) {
+	t.Helper()
+	if os.Getenv("CASTRA_E2E") != "1" {
+		t.Skip("needs a machine of its own: set CASTRA_E2E=1, or run `make test`")
+	}
 }
 
 // path is a file of the lab's.

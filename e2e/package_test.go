@@ -23,6 +23,7 @@ var makePackages = sync.OnceValue(func() error {
 // built finds the one file in dist/ that matches pattern.
 func built(t *testing.T, pattern string) string {
 	t.Helper()
+	endToEnd(t) // or they are made while make makes them, in the same place
 	if err := makePackages(); err != nil {
 		t.Fatal(err)
 	}

@@ -62,11 +62,8 @@ func (r *Reader) Near() bool {
 	if r.vm != nil || r.ahead != nil {
 		return false
 	}
-	if m := r.mem; m != nil && r.next >= m.first && r.next <= m.last() {
+	if r.mem.has(r.next) || r.next > r.log.Committed() { // there is nothing yet
 		return true
-	}
-	if r.next > r.log.Committed() {
-		return true // there is nothing yet
 	}
 	if r.disk != nil || r.next < r.log.stream.oldest() {
 		return false
@@ -90,7 +87,7 @@ func (r *Reader) Next(rec *Record) (bool, error) {
 			r.next = rec.Seq + 1
 			return true, nil
 		}
-		if m := r.mem; m != nil && r.next >= m.first && r.next <= m.last() {
+		if m := r.mem; m.has(r.next) {
 			if err := parseRecord(m.line(int(r.next-m.first)), rec, false); err != nil {
 				return false, fmt.Errorf("record %d in memory: %w", r.next, err) // a bug: it was written from there
 			}

@@ -15,6 +15,9 @@ type chunk struct {
 
 func (c *chunk) last() uint64 { return c.first + uint64(len(c.offsets)) - 1 }
 
+// has tells whether the record seq is in c; nil has none.
+func (c *chunk) has(seq uint64) bool { return c != nil && seq >= c.first && seq <= c.last() }
+
 // line gives the i-th line without its newline.
 func (c *chunk) line(i int) []byte {
 	end := len(c.data)

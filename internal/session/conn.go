@@ -93,23 +93,17 @@ func (c rawConn) Control(f func(fd uintptr)) error {
 // Read calls f until it gives true, first at once and then when there is something to
 // read.
 func (c rawConn) Read(f func(fd uintptr) bool) error {
-	direct, err := c.begin(&c.read)
-	if direct {
-		done := f(uintptr(c.fd))
-		if c.mu.RUnlock(); done {
-			return nil
-		}
-		err = c.waiting()
-	}
-	if err != nil {
-		return err
-	}
-	return c.raw.Read(f)
+	return c.until(&c.read, f, syscall.RawConn.Read)
 }
 
 // Write is like Read.
 func (c rawConn) Write(f func(fd uintptr) bool) error {
-	direct, err := c.begin(&c.write)
+	return c.until(&c.write, f, syscall.RawConn.Write)
+}
+
+// until calls f at once, and has wait call it where that is not enough.
+func (c rawConn) until(deadline *time.Time, f func(fd uintptr) bool, wait func(syscall.RawConn, func(fd uintptr) bool) error) error {
+	direct, err := c.begin(deadline)
 	if direct {
 		done := f(uintptr(c.fd))
 		if c.mu.RUnlock(); done {
@@ -120,7 +114,7 @@ func (c rawConn) Write(f func(fd uintptr) bool) error {
 	if err != nil {
 		return err
 	}
-	return c.raw.Write(f)
+	return wait(c.raw, f)
 }
 
 // Read reads what there is, and waits where there is nothing.

@@ -147,18 +147,18 @@ func (w *courier) attend(s *Session) {
 		if err != nil && !errors.Is(err, errEnded) {
 			s.End(TroubleIOError, err.Error())
 		}
-		if err == nil && more {
-			if rest := s.rests(); rest > 0 {
-				w.leave()
-				time.Sleep(rest)
+		if err != nil || !more {
+			if !s.deliveries.next() {
+				return
 			}
+			continue
 		}
-		switch {
-		case err == nil && more && !w.left:
+		if rest := s.rests(); rest > 0 {
+			w.leave()
+			time.Sleep(rest)
+		}
+		if !w.left {
 			w.of.again(s)
-			return
-		case err == nil && more:
-		case !s.deliveries.next():
 			return
 		}
 	}

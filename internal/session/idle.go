@@ -25,10 +25,9 @@ type Idle struct {
 	poll  *os.File // an epoll instance, itself waited for by the runtime's (epoll(7))
 	ready syscall.RawConn
 
-	mu       sync.Mutex
-	waiters  map[uint64]waiter // by their spots
-	sessions int               // of them
-	spots    uint64            // given out so far
+	mu      sync.Mutex
+	waiters map[uint64]waiter // by their spots
+	spots   uint64            // given out so far
 
 	// Those who serve what wakes take turns at waiting for it, see serve.
 	turn   chan struct{}           // room for the one token; closed when there are no more
@@ -131,7 +130,13 @@ func (l *Idle) next() (waiter, error) {
 func (l *Idle) Len() int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.sessions
+	n := 0
+	for _, w := range l.waiters {
+		if _, ok := w.(*Session); ok {
+			n++
+		}
+	}
+	return n
 }
 
 func (l *Idle) wait(events []syscall.EpollEvent) (n int, err error) {
@@ -159,7 +164,6 @@ func (l *Idle) add(w waiter) bool {
 	}
 	spot := *place
 	l.waiters[spot] = w
-	l.count(w, 1)
 	l.mu.Unlock()
 	// Once for each time that it waits, and at once if there are bytes already.
 	ev := syscall.EpollEvent{
@@ -171,13 +175,6 @@ func (l *Idle) add(w waiter) bool {
 		return l.take(spot) == nil
 	}
 	return true
-}
-
-// count counts sessions. Call with the lock held.
-func (l *Idle) count(w waiter, n int) {
-	if _, ok := w.(*Session); ok {
-		l.sessions += n
-	}
 }
 
 func (l *Idle) arm(w waiter, op int, ev *syscall.EpollEvent) (err error) {
@@ -194,10 +191,7 @@ func (l *Idle) take(spot uint64) waiter {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	w := l.waiters[spot]
-	if w != nil {
-		delete(l.waiters, spot)
-		l.count(w, -1)
-	}
+	delete(l.waiters, spot)
 	return w
 }
 
@@ -208,7 +202,6 @@ func (l *Idle) wake(w waiter) {
 	waits := spot != 0 && l.waiters[spot] == w
 	if waits {
 		delete(l.waiters, spot)
-		l.count(w, -1)
 	}
 	l.mu.Unlock()
 	if waits {

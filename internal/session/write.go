@@ -41,11 +41,8 @@ type attempt struct {
 var attempts = sync.Pool{New: func() any {
 	a := &attempt{}
 	a.once = func(fd uintptr) bool {
-		for {
-			if a.n, a.err = syscall.Write(int(fd), a.b); !errors.Is(a.err, syscall.EINTR) {
-				return true
-			}
-		}
+		a.n, a.err = writeOnce(fd, a.b)
+		return true
 	}
 	return a
 }}
@@ -189,7 +186,6 @@ func (s *Session) send(w *courier, b []byte) error {
 	n, err := a.n, a.err
 	a.b = nil
 	attempts.Put(a)
-	n = max(0, n)
 	switch {
 	case n == len(b):
 		s.torn = false

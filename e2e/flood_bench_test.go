@@ -71,17 +71,6 @@ func (l *lab) flood(load floodLoad) *flood {
 	return f
 }
 
-// connect gives a session of vm's, the test being over without one.
-func (l *lab) connect(vm string) *wirePeer {
-	l.Helper()
-	p, err := dialWire(l.port, vm)
-	if err != nil {
-		l.Fatal(err)
-	}
-	l.Cleanup(func() { _ = p.Close() })
-	return p.(*wirePeer)
-}
-
 // publish keeps the window full until the flood ends.
 func (f *flood) publish(p *wirePeer, waits *latencies) {
 	id := ""

@@ -26,9 +26,9 @@ type past struct {
 	// share what is kept, and with thousands of them each would have little.
 	register func(l *lab)
 	// make has a castrad, which does not sync, take it in.
-	make func(b *testing.B, l *lab)
+	make func(l *lab)
 	// again, if there is one, makes a castrad that has just been started know of it.
-	again func(b *testing.B, l *lab)
+	again func(l *lab)
 }
 
 // BenchmarkNoGrowth compares a castrad that has much behind it with an empty one, by
@@ -41,7 +41,7 @@ func BenchmarkNoGrowth(b *testing.B) {
 	for _, p := range []past{
 		{
 			name: fmt.Sprintf("%gGiB", gib), store: `host_retention_size = "1TiB"`,
-			make: func(_ *testing.B, l *lab) {
+			make: func(l *lab) {
 				const size = 4 << 10
 				l.flood(floodLoad{guests: 8, size: size, window: 64, total: int64(gib * (1 << 30) / size)}).end()
 			},
@@ -54,11 +54,11 @@ func BenchmarkNoGrowth(b *testing.B) {
 					l.write(fmt.Sprintf("vms.d/pub%d.toml", i), "no_key = true\n")
 				}
 			},
-			make:  func(b *testing.B, l *lab) { l.publishOnce(b, streams, "1") },
-			again: func(b *testing.B, l *lab) { l.publishOnce(b, streams, "2") },
+			make:  func(l *lab) { l.publishOnce(streams, "1") },
+			again: func(l *lab) { l.publishOnce(streams, "2") },
 		},
 		{
-			name: fmt.Sprintf("%gh-of-50-VMs", hours), make: func(_ *testing.B, l *lab) {
+			name: fmt.Sprintf("%gh-of-50-VMs", hours), make: func(l *lab) {
 				// With more outstanding they would come faster than the copies to the VMs'
 				// streams, and be refused until those have caught up.
 				l.flood(floodLoad{guests: 50, size: 256, window: 8, lasting: true, total: int64(hours * 3600 * 50 * 10)}).end()
@@ -81,7 +81,7 @@ func (p *past) measure(b *testing.B) {
 		castrad := full.startCastrad("castrad-before")
 		full.answers()
 		began := time.Now()
-		p.make(b, full)
+		p.make(full)
 		full.stop("castrad-before", castrad)
 		b.Logf("made in %v", time.Since(began).Round(time.Second))
 	}
@@ -101,7 +101,7 @@ func (p *past) measure(b *testing.B) {
 		fullStarts = append(fullStarts, took.Seconds()*1e3)
 	}
 	if p.again != nil {
-		p.again(b, full)
+		p.again(full)
 	}
 	load := func(l *lab, castrad *exec.Cmd) floodRate {
 		l.coldLog() // what was written or removed before is not to be written beside it
@@ -219,30 +219,33 @@ func (l *lab) timedStart(name string) (castrad *exec.Cmd, took time.Duration) {
 	return castrad, took
 }
 
+// atOnce is how many VMs publishOnce has publish at a time.
+const atOnce = 64
+
 // publishOnce has so many VMs connect, publish a record with that id and leave.
-func (l *lab) publishOnce(b *testing.B, vms int, id string) {
+func (l *lab) publishOnce(vms int, id string) {
+	l.Helper()
 	var next atomic.Int64
 	var work sync.WaitGroup
-	for range 64 {
+	for range atOnce {
 		work.Go(func() {
-			for n := int(next.Add(1)); n <= vms && !b.Failed(); n = int(next.Add(1)) {
+			for n := int(next.Add(1)); n <= vms && !l.Failed(); n = int(next.Add(1)) {
+				var answer []byte
 				p, err := dialWire(l.port, fmt.Sprintf("vm%d", n))
 				if err == nil {
-					err = p.send(fmt.Appendf(nil, `{"type":"publish","topic":"bench.once","id":%q,"payload":{"n":%d}}`, id, n))
-				}
-				var answer []byte
-				if err == nil {
-					answer, err = p.receive()
+					if err = p.send(fmt.Appendf(nil, `{"type":"publish","topic":"bench.once","id":%q,"payload":{"n":%d}}`, id, n)); err == nil {
+						answer, err = p.receive()
+					}
 					_ = p.Close()
 				}
 				if err != nil || !strings.Contains(string(answer), `"status":"ok"`) {
-					b.Errorf("vm%d: %s, %v", n, answer, err)
+					l.Errorf("vm%d: %s, %v", n, answer, err)
 				}
 			}
 		})
 	}
 	work.Wait()
-	if b.Failed() {
-		b.FailNow()
+	if l.Failed() {
+		l.FailNow()
 	}
 }

@@ -74,6 +74,17 @@ func dialWire(port int, vm string) (peer, error) {
 	return p, nil
 }
 
+// connect gives a session of vm's, the test being over without one.
+func (l *lab) connect(vm string) *wirePeer {
+	l.Helper()
+	p, err := dialWire(l.port, vm)
+	if err != nil {
+		l.Fatal(err)
+	}
+	l.Cleanup(func() { _ = p.Close() })
+	return p.(*wirePeer)
+}
+
 func (p *wirePeer) send(frame []byte) error {
 	_, err := p.Write(wire.AppendFrame(nil, frame))
 	return err

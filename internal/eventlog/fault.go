@@ -89,5 +89,8 @@ func (l *Log) healthy() {
 
 func (l *Log) setState(s State) {
 	l.state.Store(&s)
+	if s.Degraded != "" {
+		l.fault.Store(&s)
+	}
 	l.stateChanged()
 }

@@ -89,7 +89,7 @@ type Options struct {
 	// publishers have been released. It must be quick and must not call Append.
 	OnCommit func(Commit)
 	// OnState is called when the log becomes degraded or recovers, from one
-	// goroutine, with how the log is by then.
+	// goroutine, with how the log is by then; a fault that is over is told first.
 	OnState func(State)
 	// OnError is told of what went wrong without anything being refused.
 	OnError func(error)
@@ -125,8 +125,9 @@ type Log struct {
 	stall     *time.Timer
 	stallMu   sync.Mutex // held where writing and gate change together
 	state     atomic.Pointer[State]
-	changed   chan struct{} // room for one token: the state is to be reported
-	reported  chan struct{} // closed when the reporting goroutine has ended
+	fault     atomic.Pointer[State] // the last one that is still to be reported, over or not
+	changed   chan struct{}         // room for one token: the state is to be reported
+	reported  chan struct{}         // closed when the reporting goroutine has ended
 
 	quit     chan struct{} // closed by Close
 	quitOnce sync.Once

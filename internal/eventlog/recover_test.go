@@ -263,3 +263,43 @@ func TestDiskFaults(t *testing.T) {
 		})
 	}
 }
+
+// A fault that is over before anybody could be told of it is told all the same.
+func TestShortFaultIsTold(t *testing.T) {
+	sick := &sickFS{FS: OS}
+	o := testOptions(t.TempDir())
+	o.FS, o.PerVM = sick, nil
+	states, goOn := make(chan string), make(chan struct{})
+	o.OnState = func(s State) { states <- s.Degraded; <-goOn }
+	l := mustOpen(t, o)
+	publish := func() error {
+		b := &Batch{Entries: []Entry{{VM: "web1", Topic: []byte("t"), Payload: []byte("1")}}}
+		if err := l.Append(t.Context(), b); err != nil {
+			t.Fatal(err)
+		}
+		return b.Entries[0].Err
+	}
+	fault := func() {
+		sick.sync.Store(new(error(syscall.EIO)))
+		if err := publish(); !errors.Is(err, syscall.EIO) {
+			t.Fatalf("refused with %v", err)
+		}
+		sick.sync.Store(nil)
+		if err := publish(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	fault()
+	for round := range 3 {
+		for _, want := range []string{CauseDiskError, ""} {
+			if got := <-states; got != want {
+				t.Fatalf("told %q, want %q", got, want)
+			}
+			if want == "" && round < 2 {
+				fault() // begins and ends while OnState is still at the one before
+			}
+			goOn <- struct{}{}
+		}
+	}
+	mustClose(t, l)
+}

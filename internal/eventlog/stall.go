@@ -70,21 +70,29 @@ func (l *Log) State() State {
 }
 
 // reportState tells OnState of changes until the committer has ended. It is the
-// only caller, so that what is told last is true.
+// only caller, so that what is told last is true. A fault that is over by then is
+// told first: one sync that failed is something that an operator must know.
 func (l *Log) reportState() {
 	defer close(l.reported)
 	last := ""
+	tell := func(s State) {
+		if s.Degraded == last {
+			return
+		}
+		last = s.Degraded
+		if l.opts.OnState != nil {
+			l.opts.OnState(s)
+		}
+	}
 	for {
 		select {
 		case <-l.changed:
 		case <-l.done:
 			return
 		}
-		if s := l.State(); s.Degraded != last {
-			last = s.Degraded
-			if l.opts.OnState != nil {
-				l.opts.OnState(s)
-			}
+		if fault := l.fault.Swap(nil); fault != nil {
+			tell(*fault)
 		}
+		tell(l.State())
 	}
 }

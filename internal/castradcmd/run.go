@@ -31,8 +31,8 @@ import (
 	"github.com/castrabus/castra/internal/sdnotify"
 )
 
-// statusInterval is how often the line in `systemctl status` is brought up to
-// date; it is sent only when it has changed.
+// statusInterval is how often at most the line in `systemctl status` is brought up to
+// date.
 const statusInterval = time.Second
 
 // Main runs castrad with the arguments behind its name and gives its exit
@@ -58,7 +58,7 @@ func Main(version string, args []string, stdout, stderr io.Writer) int {
 	if f.Debug {
 		level = logrus.DebugLevel
 	}
-	d := &daemon{version: version, path: f.Config, cfg: cfg, log: logging.New(level)}
+	d := &daemon{version: version, path: f.Config, cfg: cfg, log: logging.New(level), changed: make(chan struct{}, 1)}
 	if err := d.run(); err != nil {
 		logging.Failed.On(d.log).WithError(err).Error("castrad ends")
 		return 1
@@ -81,6 +81,8 @@ type daemon struct {
 
 	mu  sync.Mutex
 	bus string // why there is no D-Bus; empty: it is served
+
+	changed chan struct{} // room for one token: the status line may be another
 }
 
 func (d *daemon) run() error {
@@ -133,7 +135,9 @@ func (d *daemon) run() error {
 	if err := sdnotify.Notify("READY=1"); err != nil {
 		logging.NotifyFailed.On(d.log).WithError(err).Warn("cannot tell the service manager that castrad is ready")
 	}
-	work.Go(func() { d.keepStatus(ctx) })
+	if sdnotify.Managed() {
+		work.Go(func() { d.keepStatus(ctx) })
+	}
 	work.Go(func() { trim(ctx) })
 	if interval, ok := sdnotify.WatchdogInterval(); ok {
 		work.Go(func() {
@@ -329,6 +333,7 @@ func (d *daemon) busState(owned bool, err error) {
 		d.bus = err.Error()
 	}
 	d.mu.Unlock()
+	d.statusChanged()
 	switch {
 	case owned:
 		logging.BusServed.On(d.log).Info("serving org.castra.Bus1 on the message bus")
@@ -337,19 +342,33 @@ func (d *daemon) busState(owned bool, err error) {
 	}
 }
 
-// keepStatus keeps the line in `systemctl status` true.
+// keepStatus keeps the line in `systemctl status` true. While nothing changes it
+// does not wake.
 func (d *daemon) keepStatus(ctx context.Context) {
-	t := time.NewTicker(statusInterval)
-	defer t.Stop()
+	unwatch := d.broker.Watch(func(bus.VM, bool) { d.statusChanged() })
+	defer unwatch()
 	for {
 		if err := d.status.Set(d.statusLine()); err != nil {
 			d.log.WithError(err).Debug("the service manager was not told")
+			d.statusChanged() // again
 		}
 		select {
-		case <-t.C:
+		case <-time.After(statusInterval): // a thousand guests that connect are one line
 		case <-ctx.Done():
 			return
 		}
+		select {
+		case <-d.changed:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+func (d *daemon) statusChanged() {
+	select {
+	case d.changed <- struct{}{}:
+	default:
 	}
 }
 

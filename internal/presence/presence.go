@@ -58,6 +58,7 @@ type Table struct {
 	opts    Options
 	vms     map[string]*VM
 	live    int    // sessions
+	idle    bool   // no deadline could have passed at the last sweep, and nobody has come since
 	strange int    // VMs that nobody registered
 	arrival Bucket // of names that nobody registered
 	changes []Change
@@ -238,6 +239,7 @@ func (t *Table) Connect(name string, s Session, remote string, caps []string) (v
 		t.live++
 		v.rivals.calm(time.Now())
 	}
+	t.idle = false
 	old, v.session = v.session, s
 	v.remote, v.caps, v.topics = remote, caps, nil
 	v.handshake, v.handshakeOK = time.Now(), false
@@ -292,6 +294,7 @@ func (t *Table) Attend(name, remote string, caps []string) bool {
 	if v == nil {
 		return false
 	}
+	t.idle = false
 	v.handshake = time.Now()
 	t.admitted(name)
 	if v.session == nil { // a live session says more than a handshake
@@ -328,10 +331,12 @@ func (t *Table) Sweep() {
 	var over []Session
 	t.mu.Lock()
 	now, wall := t.now(), time.Now()
+	t.idle = true
 	for _, v := range t.vms {
 		if v.rivals.calm(wall) {
 			t.touched[v.name] = struct{}{}
 		}
+		t.idle = t.idle && v.session == nil && !v.reachable && v.rivals.fights == 0
 		switch {
 		case v.session != nil:
 			quiet := time.Duration(now - v.frame.Load())
@@ -361,13 +366,20 @@ func (t *Table) Sweep() {
 	}
 }
 
-// Interval is how often to sweep so that a deadline is met within a tenth of
-// itself, and at most a second late.
+// Interval is when to sweep next so that a deadline is met within a tenth of
+// itself, and at most a second late. Where there are none it is longer; whoever comes
+// in that time has his ahead of him still.
 func (t *Table) Interval() time.Duration {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	if t.idle {
+		return max(t.interval(), min(idleInterval, t.opts.ReachableWithin/2, t.opts.SessionTimeout/2))
+	}
 	return t.interval()
 }
+
+// idleInterval bounds how long what goes with a sweep may wait where nobody is there.
+const idleInterval = 5 * time.Second
 
 func (t *Table) interval() time.Duration {
 	return max(20*time.Millisecond, min(time.Second, t.opts.ReachableWithin/10, t.opts.SessionTimeout/10))

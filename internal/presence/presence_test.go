@@ -287,3 +287,44 @@ func TestUnrecorded(t *testing.T) {
 		}
 	})
 }
+
+// A table in which no deadline can pass is looked at less often, and whoever comes in
+// the meantime is still found silent in time.
+func TestIdleInterval(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		tab := table()
+		if got := tab.Interval(); got != time.Second {
+			t.Errorf("at first %v", got)
+		}
+		tab.Know("web1")
+		tab.Sweep()
+		if got := tab.Interval(); got != idleInterval {
+			t.Errorf("with nobody there %v", got)
+		}
+		asleep := tab.Interval()
+		s := &fakeSession{token: "sess-1"}
+		v, _, err := tab.Connect("web1", s, "127.0.0.1:1", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := tab.Interval(); got != time.Second {
+			t.Errorf("with a session %v", got)
+		}
+		time.Sleep(asleep)
+		tab.Sweep()
+		sweepFor(tab, 46*time.Second-asleep)
+		if got := states(tab); !slices.Equal(got, []string{"web1 up handshake", "web1 down silent"}) {
+			t.Errorf("after 46 s: %v", got)
+		}
+		tab.Disconnect(v, s)
+		tab.Attend("web2", "127.0.0.1:2", nil)
+		tab.Sweep()
+		if got := tab.Interval(); got != time.Second {
+			t.Errorf("with a handshake-only guest %v", got)
+		}
+		sweepFor(tab, 47*time.Second)
+		if got := tab.Interval(); got != idleInterval {
+			t.Errorf("when it has expired %v", got)
+		}
+	})
+}

@@ -17,8 +17,8 @@ func TestReadingUpRests(t *testing.T) {
 	for name, looks := range map[string][]look{
 		"beside a live publisher": {
 			{0, 1_000_000, 900_000, 0},
-			{ms / 2, 1_000_001, 899_000, 0},
-			{ms / 2, 1_000_002, 898_000, readUpRest},
+			{readUpFor / 2, 1_000_001, 899_000, 0},
+			{readUpFor / 2, 1_000_002, 898_000, readUpRest},
 			{10 * ms, 1_000_012, 897_000, 0}, // woken late: this turn has only begun
 			{ms, 1_000_013, 896_000, readUpRest},
 			{3 * ms, 1_000_013, 895_000, 0},

@@ -114,14 +114,14 @@ type Broker struct {
 	SpoolReason string `json:"spool_reason,omitempty"`
 	ConnectedTo string `json:"connected_to,omitempty"` // guest: the host's address while a session is up
 	// Limited counts how often each limit was reached since castrad started, by
-	// its key under [limits]; those that never were are left out.
+	// its key in the configuration; those that never were are left out.
 	Limited map[string]uint64 `json:"limited"`
 }
 
 // Fault is something that keeps a daemon from all that it promises. It ends by
 // itself when what is wrong is mended.
 type Fault struct {
-	Part   string `json:"part"`   // what of it fails: "event-log", "vm-streams", "cursors", "handshakes"
+	Part   string `json:"part"`   // what of it fails: "event-log", "vm-streams", "cursors"
 	Cause  string `json:"cause"`  // a few words: "disk full", "disk read-only", …
 	Effect string `json:"effect"` // what is not done meanwhile, and what is
 	Detail string `json:"detail"` // the error as it came

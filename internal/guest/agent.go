@@ -4,7 +4,7 @@
 // that package dbusapi asks for, over D-Bus.
 //
 //	local client ─┐                        ┌─▶ session.write ──▶ host
-//	D-Bus ────────┴─▶ outbox over a Spool ─┤
+//	D-Bus ────────┴─▶ outbox over a disk  ─┤
 //	                                       └── session.read ◀── acks, deliveries
 //	local client ◀── its own buffer ◀── table of subscriptions ◀──┘
 //

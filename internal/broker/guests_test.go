@@ -34,6 +34,7 @@ func TestHandshakeLines(t *testing.T) {
 		{"hello capabilities=bus-v1\n", "error: unknown-vm", `"vm":"127.0.0.1:`},
 		{"hello vm:HOST capabilities=bus-v1\n", "error: reserved-identity", `"reason":"reserved-identity"`},
 		{"hello vm:../etc capabilities=bus-v1\n", "error: invalid-name", `"reason":"invalid-name"`},
+		{"hello w\u00e9b capabilities=bus-v1\n", "error: invalid-name", `"vm":"wéb","capabilities":["bus-v1"],`},
 		{"hello vm:" + strings.Repeat("a", 129) + " capabilities=bus-v1\n", "error: invalid-name", `"reason":"invalid-name"`},
 		{"hello vm:open capabilities=bus-v1,Host-Bus\n", "error: forbidden", `"reason":"forbidden"`},
 		{"hello vm:keyed capabilities=bus-v1\n", "error: auth-required", `"reason":"auth-required"`},

@@ -88,13 +88,12 @@ func ParseHello(line []byte) (Hello, error) {
 			h.VM, h.HasVM = name, true
 			continue
 		}
-		if !plain(word) {
-			return Hello{}, lineError("holds a byte that is not printable ASCII")
-		}
 		key, value, ok := strings.Cut(word, "=")
 		switch {
 		case !ok && i == 0:
 			h.VM, h.HasVM = word, true
+		case !plain(word):
+			return Hello{}, lineError("holds a byte that is not printable ASCII")
 		case !ok:
 			return Hello{}, lineError("holds a word that is no key=value")
 		case strings.EqualFold(key, "capabilities"):

@@ -37,6 +37,7 @@ var helloTests = []struct {
 	// An invalid name is refused for what it is, not as a broken line.
 	{"hello vm:../etc capabilities=bus-v1", Hello{VM: "../etc", HasVM: true, Caps: "bus-v1"}},
 	{"hello vm:wéb\x00\t capabilities=bus-v1", Hello{VM: "wéb\x00\t", HasVM: true, Caps: "bus-v1"}},
+	{"hello wéb\x00 capabilities=bus-v1", Hello{VM: "wéb\x00", HasVM: true, Caps: "bus-v1"}},
 	{"hello vm:a=b", Hello{VM: "a=b", HasVM: true}},
 	{"hello vm:vm:a", Hello{VM: "vm:a", HasVM: true}},
 }
@@ -45,7 +46,7 @@ var badHellos = []string{
 	"", " ", "helo vm:web1", "hellovm:web1", "GET / HTTP/1.1", "hello\tvm:web1", "\x16\x03\x01\x02\x00",
 	"hello vm:web1 vm:web1", "hello web1 vm:web1", "hello vm:web1 web2", "hello capabilities=a web1",
 	"hello vm:web1 capabilities=a capabilities=b", "hello vm:web1 capabilities=a CAPABILITIES=",
-	"hello vm:web1 capabilities=bus\x00-v1", "hello vm:web1 capabilities=büs", "hello vm:web1\r x=\r", "hello w\xffb",
+	"hello vm:web1 capabilities=bus\x00-v1", "hello vm:web1 capabilities=büs", "hello vm:web1\r x=\r", "hello w\xffb=1",
 	"hello vm:web1 nonce=", "hello vm:web1 nonce=" + testNonce[1:], "hello vm:web1 nonce=" + testNonce + "0",
 	"hello vm:web1 nonce=" + testNonce[1:] + "g", "hello vm:web1 nonce=" + testNonce + " nonce=" + testNonce,
 	"hello vm:web1 x=" + strings.Repeat("y", MaxLine),

@@ -127,7 +127,7 @@ func (at) Reset()                {}
 // all root.
 func quick() hooks {
 	return hooks{
-		retry: at(10 * time.Millisecond), receipt: hang, grace: hang, group: adminGroup,
+		retry: at(10 * time.Millisecond), grace: hang, group: adminGroup,
 		identify: func(context.Context, *busConn, string) (identity, error) { return identity{}, nil },
 	}
 }

@@ -92,7 +92,6 @@ type hooks struct {
 	}
 	identify func(ctx context.Context, c *busConn, sender string) (identity, error)
 	group    string
-	receipt  time.Duration // see receiptTimeout
 	grace    time.Duration // see stopGrace
 	linked   func(*link)   // called for each connection, before it serves; may be nil
 }
@@ -103,7 +102,7 @@ type hooks struct {
 // process has the name, and then nothing goes on. The server ends with ctx or with
 // Close.
 func Start(ctx context.Context, opts Options) (*Server, error) {
-	return start(ctx, opts, hooks{retry: backoff.New(retryMin, retryMax), identify: identify, group: adminGroup, receipt: receiptTimeout, grace: stopGrace})
+	return start(ctx, opts, hooks{retry: backoff.New(retryMin, retryMax), identify: identify, group: adminGroup, grace: stopGrace})
 }
 
 func start(ctx context.Context, opts Options, h hooks) (*Server, error) {

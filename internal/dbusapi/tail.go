@@ -18,8 +18,8 @@ import (
 	"github.com/castrabus/castra/internal/wire"
 )
 
-// receiptTimeout is how long the caller of Tail has to write its one byte.
-const receiptTimeout = 10 * time.Second
+// lingerFor is how long a tail that is over waits for its caller to close its end.
+const lingerFor = time.Second
 
 // tailBuffer is the kernel's buffer for a tail, in bytes each way (it doubles
 // that for its own book-keeping, socket(7)). It is all that a caller who never
@@ -75,8 +75,8 @@ func socketPair() (ours, theirs *os.File, err error) {
 	return os.NewFile(uintptr(fds[0]), "tail"), theirs, nil
 }
 
-// runTail waits until the caller has its end, and then writes records until all
-// are written, the caller closes its end or leaves the bus, or the link ends.
+// runTail writes records until all are written, the caller closes its end or leaves the
+// bus, or the link ends. The answer is out.
 func (l *link) runTail(ctx context.Context, req bus.TailRequest, ours, theirs *os.File) {
 	defer ours.Close()
 	ctx, cancel := context.WithCancel(ctx)
@@ -86,26 +86,19 @@ func (l *link) runTail(ctx context.Context, req bus.TailRequest, ours, theirs *o
 		_ = ours.SetDeadline(time.Unix(1, 0)) // ends the reads and writes under way
 		close(interrupted)
 	})
-	// The bus daemon, which has the descriptor for a while, gives no word of
-	// when the caller got it. Were our copy closed too early the kernel would
-	// take the caller's end for closed; were it kept, never.
-	_ = ours.SetReadDeadline(time.Now().Add(l.srv.hooks.receipt))
-	_, err := io.ReadFull(ours, make([]byte, 1))
+	// Their end lives in the answer, wherever that is, and then with the caller (unix(7),
+	// SCM_RIGHTS). Were our copy kept, nobody would be told when the last of them is gone.
 	theirs.Close()
-	if err != nil {
-		stop()
-		return
-	}
-	_ = ours.SetReadDeadline(time.Time{}) // an interrupt that this undoes is ctx's end all the same
 
-	// Nothing more is expected to be read, but the end.
+	// Nothing is expected to be read, but the end. Some callers write a byte when they
+	// have theirs.
 	var gone sync.WaitGroup
 	gone.Go(func() {
 		_, _ = io.Copy(io.Discard, ours)
 		cancel()
 	})
 	w := &tailWriter{w: ours}
-	err = l.srv.opts.Bus.Tail(ctx, req, w)
+	err := l.srv.opts.Bus.Tail(ctx, req, w)
 	if !stop() {
 		<-interrupted // or it would interrupt the last line too
 	}
@@ -117,8 +110,26 @@ func (l *link) runTail(ctx context.Context, req bus.TailRequest, ours, theirs *o
 	if err != nil && !w.inLine {
 		writeLast(ours, errorLine(err))
 	}
-	ours.Close() // the caller reads to the end, and our reader ends
+	hangUp(ctx, ours)
 	gone.Wait()
+}
+
+// hangUp ends the stream. What the caller has written by then has to be read, and what it
+// writes soon: it would get ECONNRESET in place of the end.
+func hangUp(ctx context.Context, ours *os.File) {
+	defer ours.Close()
+	raw, err := ours.SyscallConn()
+	if err != nil {
+		return // it is closed
+	}
+	_ = raw.Control(func(fd uintptr) { _ = unix.Shutdown(int(fd), unix.SHUT_WR) })
+	t := time.NewTimer(lingerFor)
+	defer t.Stop()
+	select {
+	case <-ctx.Done(): // the caller has closed its end, or nothing is waited for any more
+	case <-t.C:
+	}
+	_ = raw.Control(func(fd uintptr) { _, _ = unix.Read(int(fd), make([]byte, 64)) })
 }
 
 // writeLast writes the line that says why a tail ends early. It must not get lost

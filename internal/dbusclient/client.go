@@ -5,7 +5,6 @@ package dbusclient
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -161,11 +160,6 @@ func (c *Client) Tail(ctx context.Context, req bus.TailRequest) (io.ReadCloser, 
 		return nil, fmt.Errorf("preparing the tail's descriptor: %w", err)
 	}
 	f := os.NewFile(uintptr(fd), "tail")
-	// Now the daemon may close its copy of this end.
-	if _, err := f.Write([]byte{0}); err != nil {
-		f.Close()
-		return nil, fmt.Errorf("telling %s that the tail's descriptor arrived: %w", c.opts.Daemon, err)
-	}
 	t := &stream{f: f}
 	ctx, t.cancel = context.WithCancel(ctx)
 	t.stop = context.AfterFunc(ctx, func() { f.Close() })
@@ -181,13 +175,7 @@ type stream struct {
 
 // Read returns io.EOF at the tail's end, and os.ErrClosed once Close was called or
 // the context has ended.
-func (t *stream) Read(p []byte) (int, error) {
-	n, err := t.f.Read(p)
-	if errors.Is(err, unix.ECONNRESET) {
-		err = io.EOF // the daemon ended before it read our receipt
-	}
-	return n, err
-}
+func (t *stream) Read(p []byte) (int, error) { return t.f.Read(p) }
 
 // Close ends the tail.
 func (t *stream) Close() error {

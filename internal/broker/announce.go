@@ -39,6 +39,7 @@ func (b *Broker) announce() {
 			b.tellWatchers([]string{""})
 			continue
 		case <-a.stuck.Done():
+			a.settle()
 		case <-retry.C:
 		case <-b.ctx2.Done():
 			ended = true // once more, for what the end itself has changed
@@ -70,13 +71,19 @@ type announcer struct {
 	sent  []presence.Change // what is in it
 }
 
+// settle takes back what the disk did not store of the stuck batch. Call it when the
+// batch is done with: that is told once.
+func (a *announcer) settle() {
+	a.pending = append(refused(a.stuck, a.sent), a.pending...)
+	a.stuck, a.sent = nil, nil
+}
+
 // publishPresence stores as many of the changes as it can.
 func (b *Broker) publishPresence(a *announcer) {
 	if a.stuck != nil {
 		select {
 		case <-a.stuck.Done():
-			a.pending = append(refused(a.stuck, a.sent), a.pending...)
-			a.stuck, a.sent = nil, nil
+			a.settle()
 		default:
 			return
 		}

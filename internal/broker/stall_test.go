@@ -153,3 +153,22 @@ func count(t *testing.T, b *running, text string) int {
 	}
 	return strings.Count(out.String(), text)
 }
+
+// What happened while the disk did not answer is announced when it does: what it had
+// been given then, and all that comes afterwards.
+func TestStalledPresence(t *testing.T) {
+	disk := &stuckFS{FS: eventlog.OS}
+	o := testOptions(t, t.TempDir())
+	o.FS = disk
+	b := start(t, o)
+	told := make(chan struct{}, 16) // more changes than there are
+	t.Cleanup(b.Watch(func(bus.VM, bool) { told <- struct{}{} }))
+	goOn := disk.stop("sync")
+	t.Cleanup(goOn)
+	connect(t, b.addr, "during")
+	<-told // who announces it has given up waiting for the disk
+	goOn()
+	eventually(t, "it is announced", func() bool { return b.events.Committed() == 1 })
+	connect(t, b.addr, "after")
+	eventually(t, "who comes later is, too", func() bool { return b.events.Committed() == 2 })
+}

@@ -86,9 +86,14 @@ const maxSpare = 16
 // more time than on most of its system calls.
 func (l *Idle) serve() {
 	for {
-		if l.spare.Add(1) > maxSpare {
-			l.spare.Add(-1)
+		// Who ends is never counted among those who wait, not for a moment: the last one
+		// of those would see to no other then.
+		n := l.spare.Load()
+		if n >= maxSpare {
 			return
+		}
+		if !l.spare.CompareAndSwap(n, n+1) {
+			continue
 		}
 		if _, ok := <-l.turn; !ok {
 			return

@@ -1,6 +1,9 @@
 package session
 
 import (
+	"net"
+	"runtime"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -83,4 +86,54 @@ func TestIdleEnded(t *testing.T) {
 		t.Error("it waits, and nobody would wake it")
 	}
 	l.wake(f)
+}
+
+// However the goroutines that are spare come and go, there is always one that waits.
+func TestIdleAlwaysSpare(t *testing.T) {
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(16)) // more than there are: they are stopped anywhere
+	l := idle(t)
+	const n = 4 * maxSpare
+	var running atomic.Int32
+	var all chan struct{} // closed when all run at once
+	var free func()       // closes it
+	done := make(chan struct{}, n)
+	var waiting [n]struct {
+		fake
+		peer net.Conn
+	}
+	for i := range waiting {
+		w := &waiting[i]
+		w.conn, w.peer = pair(t)
+		w.run = func() {
+			_, _ = w.conn.Read(make([]byte, 1))
+			if running.Add(1) == n {
+				free()
+			}
+			<-all
+			done <- struct{}{}
+		}
+	}
+	for round := range 3000 {
+		running.Store(0)
+		all = make(chan struct{})
+		free = sync.OnceFunc(func() { close(all) })
+		for i := range waiting {
+			if !l.add(&waiting[i]) {
+				t.Fatal("it cannot wait")
+			}
+			if _, err := waiting[i].peer.Write([]byte("x")); err != nil {
+				t.Fatal(err)
+			}
+		}
+		select {
+		case <-all:
+		case <-time.After(20 * time.Second):
+			served := running.Load()
+			free() // for the end of the test
+			t.Fatalf("round %d: %d of %d are served while the others are", round, served, n)
+		}
+		for range n {
+			<-done
+		}
+	}
 }

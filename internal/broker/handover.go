@@ -88,8 +88,8 @@ func (b *Broker) park() {
 	all := b.table.Sessions()
 	done := b.parking.begin(all)
 	for _, s := range all {
-		if s, ok := s.(*session.Session); ok {
-			s.HandOver()
+		if s, ok := s.(*session.Session); ok && !s.HandOver() {
+			b.parking.stopped(s, false) // it has said so before anybody asked, or is about to
 		}
 	}
 	t := time.NewTimer(parkTime)

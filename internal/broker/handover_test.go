@@ -572,3 +572,28 @@ func FuzzReadHandOver(f *testing.F) {
 		}
 	})
 }
+
+// A session that has ended, and is in the table for a moment still, is not waited for.
+func TestHandOverOfTheDead(t *testing.T) {
+	b := start(t, testOptions(t, t.TempDir()))
+	connect(t, b.addr, "living")
+	fds, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM|syscall.SOCK_NONBLOCK|syscall.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = syscall.Close(fds[1]) })
+	conn := session.NewConn(fds[0], &net.UnixAddr{})
+	t.Cleanup(func() { _ = conn.Close() })
+	s, err := session.Thaw("dead", conn, b, b.sessionOptions(), &session.Frozen{Token: "sess-" + strings.Repeat("0", 32)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := b.table.Connect("dead", s, "", nil); err != nil {
+		t.Fatal(err)
+	}
+	s.End(session.TroubleIOError, "") // and Release is about to take it out of the table
+	leave(t, b, 1)
+	if n := b.parking.running(); n != 0 {
+		t.Errorf("%d were waited for until the time was over", n)
+	}
+}

@@ -48,13 +48,16 @@ const maxFrozen = 4 << 20
 // handingOver is the end of a session that goes on in another process.
 var handingOver = &End{Reason: TroubleShutdown, Detail: "castrad restarts"}
 
-// HandOver makes the session stop, and then call [Broker.Park]. It does not wait,
-// and does nothing to a session that ends already.
-func (s *Session) HandOver() {
-	if s.ended.CompareAndSwap(nil, handingOver) {
-		_ = s.conn.SetDeadline(time.Unix(1, 0)) // as End does
-		s.opts.Idle.wake(s)
+// HandOver makes the session stop, and then call [Broker.Park], or [Broker.Release] if
+// it ends all the same. It does not wait. It gives false, and does nothing, where the
+// session ends already, and may have called Release before.
+func (s *Session) HandOver() bool {
+	if !s.ended.CompareAndSwap(nil, handingOver) {
+		return false
 	}
+	_ = s.conn.SetDeadline(time.Unix(1, 0)) // as End does
+	s.opts.Idle.wake(s)
+	return true
 }
 
 // isHandingOver tells whether what cannot be written is to be kept.

@@ -226,21 +226,23 @@ func (h *Handshake) grant() *Session {
 		proof = hex.EncodeToString(wire.ServerProof(h.key, h.hello.VM, h.hello.Caps, h.hello.Nonce, h.nonce, s.token))
 	}
 	if err != nil || s.ended.Load() != nil || h.ended.Load() == shakeClosed || !h.say(wire.AppendOK(nil, s.token, proof)) {
-		end := s.ended.Load()
-		if end == nil {
-			end = &End{Reason: TroubleIOError, Detail: "the guest left during the handshake"}
-		}
-		h.broker.Release(s, *end)
-		return nil
+		return h.takeBack(s, "the guest left during the handshake")
 	}
 	if err := h.conn.SetWriteDeadline(time.Time{}); err != nil {
-		h.broker.Release(s, End{Reason: TroubleIOError, Detail: err.Error()})
-		return nil
+		return h.takeBack(s, err.Error())
 	}
 	if s.ended.Load() != nil { // ended since Admit, and the deadline that says so just removed
 		_ = h.conn.SetDeadline(time.Unix(1, 0))
 	}
 	return s
+}
+
+// takeBack ends a session that was granted and cannot begin. It is seen to have ended
+// before the broker releases it: whoever hands sessions over does not wait for it then.
+func (h *Handshake) takeBack(s *Session, why string) *Session {
+	s.ended.CompareAndSwap(nil, &End{Reason: TroubleIOError, Detail: why})
+	h.broker.Release(s, *s.ended.Load())
+	return nil
 }
 
 // say writes a line and tells whether that worked.

@@ -291,7 +291,9 @@ func (c *cursors) flush() error {
 		if err != nil {
 			errs = append(errs, err)
 			c.mu.Lock()
-			c.moved[vm] = struct{}{} // to be tried again
+			if c.vms[vm] == v { // else it was forgotten since
+				c.moved[vm] = struct{}{} // to be tried again
+			}
 			c.mu.Unlock()
 		}
 	}

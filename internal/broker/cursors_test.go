@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -65,4 +66,22 @@ func TestCursorsAreWrittenSoon(t *testing.T) {
 		<-done
 		onDisk("8")
 	})
+}
+
+// A VM that is forgotten while its cursors cannot be stored stays forgotten: to store
+// them again there is nothing.
+func TestCursorsForgottenMeanwhile(t *testing.T) {
+	missing := filepath.Join(t.TempDir(), "missing")
+	c := &cursors{dir: missing, vms: make(map[string]*vmCursors), moved: make(map[string]struct{})}
+	for range 20_000 {
+		c.vms["g"] = &vmCursors{path: filepath.Join(missing, "g.json"), loaded: true, all: map[string]*cursor{"c": {"t", 1}}}
+		c.moved["g"] = struct{}{}
+		var work sync.WaitGroup
+		work.Go(func() { _ = c.flush() }) // which fails, unless it came too late
+		work.Go(func() { _ = c.forget("g") })
+		work.Wait()
+		if _, again := c.moved["g"]; again && c.vms["g"] == nil {
+			t.Fatal("it is to be stored")
+		}
+	}
 }

@@ -172,3 +172,28 @@ func TestStalledPresence(t *testing.T) {
 	connect(t, b.addr, "after")
 	eventually(t, "who comes later is, too", func() bool { return b.events.Committed() == 2 })
 }
+
+// However often a guest asks for a place in a log that cannot be read, it is looked
+// for by one.
+func TestStalledSubscribe(t *testing.T) {
+	disk := &stuckFS{FS: eventlog.OS}
+	o := testOptions(t, t.TempDir())
+	o.FS = disk
+	b := start(t, o)
+	bulk(t, b, "t", 300) // more than is in memory
+	goOn := disk.stop("read")
+	t.Cleanup(goOn)
+	g := connect(t, b.addr, "g")
+	const subscribe = `{"type":"subscribe","topic":"t","from":"2020-01-01T00:00:00Z"}`
+	g.send(subscribe, subscribe, `{"type":"heartbeat"}`)
+	const stalled = `{"ack":"subscribe","status":"error","code":"storage-stalled"}`
+	g.expect(stalled, stalled, `{"ack":"heartbeat","status":"ok"}`)
+	if n := len(b.topics.subscribers("t")); n != 1 {
+		t.Errorf("%d are looking", n)
+	}
+	goOn()
+	eventually(t, "it gets its place", func() bool {
+		g.send(subscribe)
+		return has(g.next(), `{"ack":"subscribe","status":"ok"}`)
+	})
+}

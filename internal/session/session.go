@@ -175,6 +175,8 @@ type Session struct {
 	ordered bool  // the guest has CapOrdered
 	held    *Held // the reader's; nil: none
 
+	lost <-chan struct{} // the reader's: closed when a search of the log ends that was given up; nil: none was
+
 	// What a session that is handed over takes with it, see Frozen.
 	unread []byte // the reader's
 	unsent []byte // with writer

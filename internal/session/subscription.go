@@ -209,13 +209,26 @@ func (s *Session) prepareInTime(r request) (*Subscription, error) {
 	if _, owned := wire.TopicVM(r.topic); !owned && r.cursor == "" && r.from.Kind == wire.FromNow {
 		return s.prepare(r) // reads nothing
 	}
+	refusal := bus.Errorf(bus.CodeStorageStalled, "the place in the event log was not found in %v; subscribe again later, or with a nearer from", searchTime)
+	refusal.RetryAfter = searchTime
+	select {
+	case <-s.lost:
+		s.lost = nil
+	default:
+		if s.lost != nil {
+			// Each further one would wait for the same disk, and be kept for as long.
+			return nil, refusal
+		}
+	}
 	type result struct {
 		sub *Subscription
 		err error
 	}
 	done := make(chan result, 1) // for the one result
 	var settled atomic.Bool      // either it is given, or nobody waits any more
+	ended := make(chan struct{})
 	s.background.Go(func() {
+		defer close(ended)
 		sub, err := s.prepare(r)
 		if settled.CompareAndSwap(false, true) {
 			done <- result{sub, err}
@@ -235,8 +248,7 @@ func (s *Session) prepareInTime(r request) (*Subscription, error) {
 		res := <-done
 		return res.sub, res.err
 	}
-	refusal := bus.Errorf(bus.CodeStorageStalled, "the place in the event log was not found in %v; subscribe again later, or with a nearer from", searchTime)
-	refusal.RetryAfter = searchTime
+	s.lost = ended
 	return nil, refusal
 }
 

@@ -114,6 +114,9 @@ func (h *Handshake) goOn() {
 			if h.opts.Idle.add(h) {
 				return
 			}
+			if !h.over() { // it cannot be waited for
+				time.Sleep(restStep)
+			}
 			continue
 		}
 		if s == nil {

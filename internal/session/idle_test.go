@@ -7,6 +7,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -136,4 +137,30 @@ func TestIdleAlwaysSpare(t *testing.T) {
 			<-done
 		}
 	}
+}
+
+// refusing is a broker for a handshake that grants nothing.
+type refusing struct{ Broker }
+
+func (refusing) Refused(Refusal) {}
+
+// A handshake that nobody can wait for looks at times whether it goes on, and has the
+// processor to itself no more than any other.
+func TestHandshakeWithoutIdle(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l, err := NewIdle()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := l.poll.Close(); err != nil {
+			t.Fatal(err)
+		}
+		c, _ := pair(t)
+		done := make(chan struct{})
+		h := NewHandshake(t.Context(), c, refusing{}, &Options{Idle: l, HandshakeTimeout: time.Hour}, func(bool) {}, func() { close(done) })
+		h.Start()
+		time.Sleep(time.Second) // which is never over while somebody is busy
+		h.End()
+		<-done
+	})
 }

@@ -147,6 +147,7 @@ func (b *Broker) Admit(ctx context.Context, s *session.Session, h wire.Hello, pr
 	if o, isSession := displaced.(*session.Session); isSession {
 		o.End(session.TroubleQueueFull, "limits.max_sessions is reached, and a registered VM goes before one that is not")
 		b.bite(limitSessions, o.VM(), o.Token(), session.TroubleQueueFull, session.ActionDisconnect, "its session made way for "+h.VM)
+		b.records.handshake(o.VM()) // its subscriptions have ended, and Release finds no session of it
 	}
 	switch {
 	case errors.Is(err, presence.ErrTooManySessions):

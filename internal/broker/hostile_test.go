@@ -205,6 +205,28 @@ func TestSupersedeAtTheLimit(t *testing.T) {
 	}
 }
 
+// A session that made way has ended for those who read its VM's file, too.
+func TestMadeWay(t *testing.T) {
+	o := testOptions(t, t.TempDir())
+	o.MaxSessions = 1
+	b := start(t, o)
+	g := connect(t, b.addr, "stranger")
+	g.send(`{"type":"subscribe","topic":"t"}`)
+	g.expect(`{"ack":"subscribe","status":"ok"}`)
+	says := func(topics string) func() bool {
+		return func() bool {
+			file, _ := os.ReadFile(filepath.Join(o.StateDir, "handshakes", "stranger.json"))
+			return strings.Contains(string(file), `"subscribed_topics":`+topics)
+		}
+	}
+	eventually(t, "the file says what it hears", says(`["t"]`))
+	if _, _, err := b.AddVM(t.Context(), bus.AddVMRequest{Name: "known", NoKey: true}); err != nil {
+		t.Fatal(err)
+	}
+	connect(t, b.addr, "known")
+	eventually(t, "the file says that it hears nothing", says(`[]`))
+}
+
 // An end is announced, and waits for nobody who has not said hello.
 func TestShutdown(t *testing.T) {
 	o := testOptions(t, t.TempDir())

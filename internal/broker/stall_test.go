@@ -197,3 +197,23 @@ func TestStalledSubscribe(t *testing.T) {
 		return has(g.next(), `{"ack":"subscribe","status":"ok"}`)
 	})
 }
+
+// A change of subscriptions does not wait without an end for a disk that blocks the
+// deliveries: the heartbeats behind it are answered.
+func TestStalledReadChange(t *testing.T) {
+	disk := &stuckFS{FS: eventlog.OS}
+	o := testOptions(t, t.TempDir())
+	o.FS = disk
+	b := start(t, o)
+	bulk(t, b, "t", 300) // more than is in memory
+	goOn := disk.stop("read")
+	t.Cleanup(goOn)
+	g := connect(t, b.addr, "g")
+	g.send(`{"type":"subscribe","topic":"t","from":1}`)
+	g.expect(`{"ack":"subscribe","status":"ok"}`)
+	g.send(`{"type":"subscribe","topic":"u"}`, `{"type":"unsubscribe","topic":"t"}`, `{"type":"heartbeat"}`)
+	g.expect(`{"ack":"subscribe","status":"error","code":"storage-stalled"}`, `{"ack":"unsubscribe","status":"error","code":"storage-stalled"}`, `{"ack":"heartbeat","status":"ok"}`)
+	if n := len(b.topics.subscribers("u")); n != 0 {
+		t.Errorf("%d subscriptions are left of one that was refused", n)
+	}
+}

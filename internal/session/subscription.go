@@ -181,13 +181,22 @@ func (s *Session) change(r request) error {
 		}
 		return s.write(wire.AppendAckFrame(nil, &a))
 	}
+	if !s.takeReading() {
+		if sub != nil {
+			s.broker.Unsubscribe(sub)
+			sub.reader.Close()
+		}
+		refusal := bus.Errorf(bus.CodeStorageStalled, "a delivery has waited for the host's disk for %v; try again later", searchTime)
+		refusal.RetryAfter = searchTime
+		refuse(&a, refusal)
+		return s.write(wire.AppendAckFrame(nil, &a))
+	}
+	defer func() { <-s.reading }()
 	if sub != nil {
 		// Where it begins: a guest that loses the connection before the first
 		// delivery can go on from there.
 		a.Seq = sub.Started() - 1
 	}
-	s.reading <- struct{}{}
-	defer func() { <-s.reading }()
 	s.writer <- struct{}{}
 	s.replace(r.name, sub)
 	if err := s.send(nil, wire.AppendAckFrame(nil, &a)); err != nil {
@@ -198,6 +207,21 @@ func (s *Session) change(r request) error {
 		s.opts.Couriers.Wake(s)
 	}
 	return s.release(nil)
+}
+
+// takeReading takes the right to read. It gives false where who delivers has it and
+// waits for a disk: the session's other frames, heartbeats among them, would wait, too.
+func (s *Session) takeReading() bool {
+	for {
+		select {
+		case s.reading <- struct{}{}:
+			return true
+		case <-time.After(searchTime):
+			if s.stuck.Load() == 0 { // else it is the guest that is waited for, to read
+				return false
+			}
+		}
+	}
 }
 
 // searchTime is how long a subscribe may look for its place in the log before

@@ -59,7 +59,7 @@ type idIndex struct {
 	// The committer's.
 	looked  *idTable // of the last lookup
 	key     idKey
-	pending []*idTable // of each id added since the last commit
+	pending []*idTable // with ids added since the last commit
 }
 
 func newIDIndex(fsys FS, dir string, wait time.Duration, written func() (uint64, bool)) *idIndex {
@@ -198,12 +198,12 @@ func (x *idIndex) unpin(t *idTable) {
 		x.drop(t)
 		return
 	}
-	x.account(t)
 	x.evict()
 	x.roomMade()
 }
 
-// account brings the count of bytes up to date with t. Call with mu held.
+// account brings the count of bytes up to date with t, whose size nobody changes
+// meanwhile. Call with mu held.
 func (x *idIndex) account(t *idTable) {
 	x.bytes += t.size() - t.counted
 	t.counted = t.size()
@@ -259,23 +259,31 @@ func (x *idIndex) lookup(b *Batch, e *Entry) (uint64, error) {
 
 // add remembers the id of the last lookup under seq until rollback or commit.
 func (x *idIndex) add(seq uint64) {
-	x.looked.add(x.key, seq, x.window)
-	x.pending = append(x.pending, x.looked)
+	t := x.looked
+	t.add(x.key, seq, x.window)
+	if t.fresh++; t.fresh == 1 {
+		x.pending = append(x.pending, t)
+	}
 }
 
 func (x *idIndex) commit() {
-	clear(x.pending)
+	if len(x.pending) == 0 {
+		return
+	}
+	x.mu.Lock()
+	for i, t := range x.pending {
+		t.fresh = 0
+		x.account(t)
+		x.pending[i] = nil
+	}
+	x.mu.Unlock()
 	x.pending = x.pending[:0]
 }
 
-// rollback forgets what was added since the last commit. What those pushed out
-// of a full table is not brought back: a table holds more than is promised.
+// rollback forgets what was added since the last commit.
 func (x *idIndex) rollback() {
 	for _, t := range x.pending {
-		t.entries = t.entries[:len(t.entries)-1]
-	}
-	for _, t := range x.pending {
-		t.reindex(len(t.index))
+		t.undo()
 	}
 	x.commit()
 }

@@ -13,6 +13,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"time"
 )
 
 // writeIDs writes the file of a VM whose ids are "<vm>-<n>", n from 1 to count,
@@ -251,5 +252,52 @@ func TestNoRoomForIDs(t *testing.T) {
 	x.release(held)
 	if x.bytes != 0 || len(x.tables) != 0 {
 		t.Errorf("%d bytes in %d tables are left", x.bytes, len(x.tables))
+	}
+}
+
+// A write that fails forgets its own ids and none of those that are promised, also
+// where the oldest have just made room.
+func TestFailedWriteForgetsNoIDs(t *testing.T) {
+	const window = 16
+	for stored := 1; stored < 3*window; stored++ {
+		for failing := 1; failing < 2*window; failing++ {
+			x := newIDIndex(OS, t.TempDir(), time.Minute, func() (uint64, bool) { return 0, true })
+			x.window = window
+			e := &Entry{VM: "web1", ID: []byte("x")}
+			b := &Batch{Entries: []Entry{*e}}
+			if err := x.acquire(t.Context(), b); err != nil {
+				t.Fatal(err)
+			}
+			find := func(n int) uint64 {
+				e.ID = fmt.Append(nil, n)
+				seq, err := x.lookup(b, e)
+				if err != nil {
+					t.Fatal(err)
+				}
+				return seq
+			}
+			for n := 1; n <= stored+failing; n++ {
+				if seq := find(n); seq != 0 {
+					t.Fatalf("id %d is known as %d", n, seq)
+				}
+				if x.add(uint64(n)); n <= stored {
+					x.commit()
+				}
+			}
+			x.rollback()
+			for n := max(1, stored-window+1); n <= stored+failing; n++ {
+				want := uint64(n)
+				if n > stored {
+					want = 0
+				}
+				if seq := find(n); seq != want {
+					t.Fatalf("of %d ids %d were undone, and id %d is known as %d", stored+failing, failing, n, seq)
+				}
+			}
+			x.release(b)
+			if table := x.tables["web1"]; x.bytes != table.size() {
+				t.Fatalf("%d bytes are counted, %d are in use", x.bytes, table.size())
+			}
+		}
 	}
 }

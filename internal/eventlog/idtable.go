@@ -29,6 +29,7 @@ type idTable struct {
 	entries []idSeq
 	index   []uint32 // place in entries plus one, 0: free; linear probing, a power of two long
 	last    uint64   // the newest number in it
+	fresh   int      // ids at the end whose records are not committed yet
 
 	// Under idIndex.mu.
 	pins    int // batches under way that need it
@@ -99,15 +100,22 @@ func (t *idTable) find(key idKey) uint64 {
 }
 
 // add remembers an id that find does not. When the table is a quarter larger
-// than the window the oldest go, so that the index is made anew seldom.
+// than the window the oldest go, so that the index is made anew seldom; those that
+// may yet be undone do not count, or as many would be missing then.
 func (t *idTable) add(key idKey, seq uint64, window int) {
-	limit := window + max(1, window/4)
-	if len(t.entries) == limit {
-		t.entries = t.entries[:copy(t.entries, t.entries[limit-window:])]
+	spare := max(1, window/4)
+	n, keep := len(t.entries), window+t.fresh
+	if n >= window+spare && n-keep >= (spare+1)/2 {
+		n = copy(t.entries, t.entries[n-keep:])
+		t.entries = t.entries[:n]
 		t.reindex(len(t.index))
 	}
-	if n := len(t.entries); n == cap(t.entries) {
-		t.entries = append(make([]idSeq, 0, min(limit, max(4, 2*n))), t.entries...)
+	if n == cap(t.entries) {
+		room := min(window+spare, max(4, 2*n))
+		if n >= room {
+			room = n + spare
+		}
+		t.entries = append(make([]idSeq, 0, room), t.entries...)
 	}
 	t.entries = append(t.entries, idSeq{key, seq})
 	t.last = max(t.last, seq)
@@ -116,4 +124,13 @@ func (t *idTable) add(key idKey, seq uint64, window int) {
 	} else {
 		t.place(len(t.entries) - 1)
 	}
+}
+
+// undo forgets the ids whose records are not committed.
+func (t *idTable) undo() {
+	t.entries, t.last = t.entries[:len(t.entries)-t.fresh], 0
+	if n := len(t.entries); n > 0 {
+		t.last = t.entries[n-1].seq
+	}
+	t.reindex(len(t.index))
 }

@@ -42,7 +42,7 @@ type idIndex struct {
 	dir    string
 	window int
 	budget int
-	wait   time.Duration // how long a publisher waits for room
+	wait   time.Duration // how long a publisher waits for room, and for the disk
 	// written tells how far the files go, and whether they hold all that has
 	// ever been in them: after a failed sync they are written anew.
 	written func() (upTo uint64, whole bool)
@@ -115,7 +115,12 @@ func (x *idIndex) table(ctx context.Context, vm string, holding bool) (*idTable,
 	x.used.MoveToFront(t.elem)
 	x.mu.Unlock()
 	if mine {
-		x.load(t, holding)
+		err := x.load(t, holding)
+		x.mu.Lock()
+		if t.err = err; err != nil {
+			x.drop(t) // the next one tries again
+		}
+		x.mu.Unlock()
 		close(t.ready)
 	}
 	select {
@@ -127,51 +132,70 @@ func (x *idIndex) table(ctx context.Context, vm string, holding bool) (*idTable,
 	}
 }
 
-// load fills t from its file once there is room.
-func (x *idIndex) load(t *idTable, holding bool) {
-	if !holding && !x.awaitRoom() {
-		t.err = errors.New("the ids of other VMs take all the memory until they are on disk; try again")
-		return
+// load fills t from its file once there is room. It waits for a disk that does
+// not answer no longer than for room.
+func (x *idIndex) load(t *idTable, holding bool) error {
+	if err := x.turn(holding); err != nil {
+		return err
 	}
-	x.loads <- struct{}{}
-	defer func() { <-x.loads }()
+	type result struct {
+		data []byte
+		err  error
+	}
 	_, before := x.written()
-	data, err := x.read(t.vm, x.window)
+	read := make(chan result, 1) // for the one result
+	go func() {
+		data, err := x.read(t.vm, x.window)
+		read <- result{data, err}
+	}()
+	var got result
+	select {
+	case got = <-read:
+		defer func() { <-x.loads }()
+	case <-time.After(x.wait):
+		go func() { // or every retry would leave one more read behind
+			<-read
+			<-x.loads
+		}()
+		return ErrNotQueued
+	}
 	_, after := x.written()
 	switch {
-	case err != nil:
-		t.err = fmt.Errorf("loading the ids of %s: %w", t.vm, err)
-		return
+	case got.err != nil:
+		return fmt.Errorf("loading the ids of %s: %w", t.vm, got.err)
 	case !before || !after:
-		t.err = fmt.Errorf("the ids of %s are being written anew after a failure of the disk; try again", t.vm)
-		return
+		return fmt.Errorf("the ids of %s are being written anew after a failure of the disk; try again", t.vm)
 	}
-	t.fill(data)
+	t.fill(got.data)
 	x.mu.Lock()
 	x.account(t)
 	x.evict()
 	x.mu.Unlock()
+	return nil
 }
 
-// awaitRoom waits until the tables are within the budget, false if that takes
-// too long: what is in the commit or not on disk yet cannot be dropped.
-func (x *idIndex) awaitRoom() bool {
-	var late <-chan time.Time
+// turn waits until a table may be read, and takes one of the loads: only who has one
+// looks whether there is room, or all who were told of it would use the same.
+func (x *idIndex) turn(holding bool) error {
+	late := time.After(x.wait)
 	for {
+		select {
+		case x.loads <- struct{}{}:
+		case <-late:
+			return ErrNotQueued
+		}
 		x.mu.Lock()
 		x.evict()
-		fits, room := x.bytes <= x.budget, x.room
+		fits, room := holding || x.bytes <= x.budget, x.room
 		x.mu.Unlock()
 		if fits {
-			return true
+			return nil
 		}
-		if late == nil {
-			late = time.After(x.wait)
-		}
+		<-x.loads
 		select {
 		case <-room:
-		case <-late:
-			return false
+		case <-late: // what is in the commit or not on disk yet cannot be dropped
+			return errors.New("the ids of other VMs take all the memory until they are on disk; try again")
 		}
 	}
 }
@@ -189,15 +213,6 @@ func (x *idIndex) unpin(t *idTable) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	t.pins--
-	select {
-	case <-t.ready:
-	default:
-		return // still being loaded by another, who holds it too
-	}
-	if t.err != nil && t.pins == 0 { // the next one tries again
-		x.drop(t)
-		return
-	}
 	x.evict()
 	x.roomMade()
 }

@@ -1,7 +1,6 @@
 package eventlog
 
 import (
-	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -13,6 +12,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -235,23 +235,118 @@ func TestUnreadableIDs(t *testing.T) {
 // Where nothing can be dropped from memory, a publisher waits for a while and
 // is refused.
 func TestNoRoomForIDs(t *testing.T) {
-	x := newIDIndex(OS, t.TempDir(), 1, func() (uint64, bool) { return 0, true })
-	x.budget = 1
-	held := &Batch{Entries: []Entry{{VM: "web1", ID: []byte("x")}}}
-	if err := x.acquire(context.Background(), held); err != nil || held.tables[0].err != nil {
-		t.Fatal(err, held.tables[0].err)
-	}
-	b := &Batch{Entries: []Entry{{VM: "web2", ID: []byte("x")}}}
-	if err := x.acquire(context.Background(), b); err != nil {
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		x := newIDIndex(OS, dir, time.Second, func() (uint64, bool) { return 0, true })
+		x.budget = 1
+		held, err := idsOf(t, x, "web1")
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, err := idsOf(t, x, "web2")
+		if err == nil {
+			t.Error("there was room")
+		}
+		x.release(b)
+		x.release(held)
+		if x.bytes != 0 || len(x.tables) != 0 {
+			t.Errorf("%d bytes in %d tables are left", x.bytes, len(x.tables))
+		}
+	})
+}
+
+// idsOf acquires the ids of a VM, and gives why they are not to be had.
+func idsOf(t *testing.T, x *idIndex, vm string) (*Batch, error) {
+	t.Helper()
+	b := &Batch{Entries: []Entry{{VM: vm, ID: []byte("x")}}}
+	if err := x.acquire(t.Context(), b); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := x.lookup(b, &b.Entries[0]); err == nil {
-		t.Error("there was room")
+	return b, b.tables[0].err
+}
+
+// hangFS does not answer who opens a file of ids.
+type hangFS struct {
+	FS
+	hang chan struct{}
+}
+
+func (h *hangFS) OpenFile(name string, flag int, perm fs.FileMode) (File, error) {
+	if filepath.Ext(name) == idSuffix {
+		<-h.hang
 	}
+	return h.FS.OpenFile(name, flag, perm)
+}
+
+// Where the disk does not answer who reads ids, publishers are told so after a while,
+// and served when it does.
+func TestIDsOnADiskThatHangs(t *testing.T) {
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		disk := &hangFS{FS: OS, hang: make(chan struct{})}
+		x := newIDIndex(disk, dir, 5*time.Second, func() (uint64, bool) { return 0, true })
+		for i := range 2 * idLoads {
+			b, err := idsOf(t, x, fmt.Sprint("web", i))
+			if !errors.Is(err, ErrNotQueued) {
+				t.Errorf("told %v", err)
+			}
+			x.release(b)
+		}
+		close(disk.hang)
+		synctest.Wait()
+		b, err := idsOf(t, x, "web1")
+		if err != nil {
+			t.Error(err)
+		}
+		x.release(b)
+	})
+}
+
+// Room that one table takes is not given to all who wait for it.
+func TestIDsReadAtOnce(t *testing.T) {
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		disk := &hangFS{FS: OS, hang: make(chan struct{})}
+		x := newIDIndex(disk, dir, 5*time.Second, func() (uint64, bool) { return 0, true })
+		x.budget = 1
+		var work sync.WaitGroup
+		var loaded atomic.Int32
+		for i := range 10 * idLoads {
+			work.Go(func() {
+				if _, err := idsOf(t, x, fmt.Sprint("web", i)); err == nil {
+					loaded.Add(1)
+				}
+			})
+		}
+		synctest.Wait()
+		close(disk.hang)
+		work.Wait()
+		if n := loaded.Load(); n < 1 || n > idLoads {
+			t.Errorf("%d tables were read where there is room for one", n)
+		}
+	})
+}
+
+// Ids that could not be read are read again, also while somebody who was refused for
+// it has not gone yet.
+func TestIDsReadAgain(t *testing.T) {
+	sick := &unreadableFS{FS: OS}
+	x := newIDIndex(sick, t.TempDir(), time.Minute, func() (uint64, bool) { return 0, true })
+	path := x.path("web1")
+	sick.bad.Store(&path)
+	refused, err := idsOf(t, x, "web1")
+	if !errors.Is(err, syscall.EIO) {
+		t.Errorf("told %v", err)
+	}
+	sick.bad.Store(nil)
+	b, err := idsOf(t, x, "web1")
+	if err != nil {
+		t.Error(err)
+	}
+	x.release(refused)
 	x.release(b)
-	x.release(held)
-	if x.bytes != 0 || len(x.tables) != 0 {
-		t.Errorf("%d bytes in %d tables are left", x.bytes, len(x.tables))
+	if len(x.tables) != 1 || x.tables["web1"].pins != 0 {
+		t.Errorf("%d tables, used by %d", len(x.tables), x.tables["web1"].pins)
 	}
 }
 
@@ -259,9 +354,10 @@ func TestNoRoomForIDs(t *testing.T) {
 // where the oldest have just made room.
 func TestFailedWriteForgetsNoIDs(t *testing.T) {
 	const window = 16
+	dir := t.TempDir()
 	for stored := 1; stored < 3*window; stored++ {
 		for failing := 1; failing < 2*window; failing++ {
-			x := newIDIndex(OS, t.TempDir(), time.Minute, func() (uint64, bool) { return 0, true })
+			x := newIDIndex(OS, dir, time.Minute, func() (uint64, bool) { return 0, true })
 			x.window = window
 			e := &Entry{VM: "web1", ID: []byte("x")}
 			b := &Batch{Entries: []Entry{*e}}

@@ -113,6 +113,7 @@ func (p *perVM) forgetVM(vm string) error {
 	if err := fsys.Remove(filepath.Join(p.opts.IDDir, vm+idSuffix)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
+	p.ids.forget(vm)
 	return nil
 }
 

@@ -129,6 +129,23 @@ func testForgetVM(t *testing.T, restarted, early bool) {
 	}
 }
 
+// The ids of a VM that is forgotten are forgotten in memory too: what comes under
+// them is stored.
+func TestForgetVMForgetsIDs(t *testing.T) {
+	l := mustOpen(t, testOptions(t.TempDir()))
+	defer mustClose(t, l)
+	publish(t, l, "gone", "t", "x", "1")
+	copied(t, l)
+	if err := l.ForgetVM(t.Context(), "gone"); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if got := publish(t, l, "gone", "t", "x", "2"); got != 2 {
+			t.Errorf("the id of one that was forgotten is known as %d", got)
+		}
+	}
+}
+
 // What stands in a VM's directory and is not the log's stays.
 func TestForgetVMKeepsForeignFiles(t *testing.T) {
 	o := testOptions(t.TempDir())

@@ -230,6 +230,16 @@ func (x *idIndex) drop(t *idTable) {
 	x.bytes -= t.counted
 }
 
+// forget drops a VM's table, unless somebody publishes under that name just now.
+func (x *idIndex) forget(vm string) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if t := x.tables[vm]; t != nil && t.pins == 0 {
+		x.drop(t)
+		x.roomMade()
+	}
+}
+
 // evict drops the tables used longest ago that nobody uses and that are whole on
 // disk, while there are too many. Call with mu held.
 func (x *idIndex) evict() {

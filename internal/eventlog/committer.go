@@ -2,7 +2,6 @@ package eventlog
 
 import (
 	"errors"
-	"fmt"
 	"time"
 )
 
@@ -321,7 +320,7 @@ func (l *Log) sync() error {
 		return nil
 	}
 	if err := l.c.file.Sync(); err != nil {
-		return err
+		return mayBeLost(l.durable.Load(), committed, err)
 	}
 	l.durable.Store(committed)
 	return nil
@@ -332,9 +331,7 @@ func (l *Log) sync() error {
 func (l *Log) syncLazily() {
 	l.c.chunk = nil
 	if err := l.sync(); err != nil {
-		_ = l.fail(fmt.Errorf("records %d to %d, acknowledged before they were synced, may be lost: %w",
-			l.durable.Load()+1, l.committed.Load(), err))
-		l.durable.Store(l.committed.Load())
+		_ = l.fail(err)
 	}
 }
 

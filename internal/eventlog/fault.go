@@ -2,6 +2,7 @@ package eventlog
 
 import (
 	"errors"
+	"fmt"
 	"syscall"
 )
 
@@ -21,22 +22,36 @@ func (l *Log) fail(err error) error {
 	if l.perVM != nil {
 		l.perVM.ids.rollback()
 	}
-	c.abandonFile()
+	told := State{Degraded: Cause(we), Err: we}
+	err = c.abandonFile()
+	if durable, committed := l.durable.Load(), l.committed.Load(); durable < committed { // acknowledged before it was synced
+		if err != nil {
+			told.Err = errors.Join(mayBeLost(durable, committed, err), we)
+		}
+		// No sync to come is of that file, and the next interval begins behind it.
+		l.durable.Store(committed)
+	}
 	c.failures++
 	c.lastError = we
 	c.retryTimer.Reset(retryInterval)
-	l.setState(State{Degraded: Cause(we), Err: we})
+	l.setState(told)
 	return we
 }
 
 // abandonFile is closeFile after a failed write. What was refused must not come
 // back after a crash, so the cut is synced. Where that fails too, what is left
 // over is void once there is a next segment.
-func (c *committer) abandonFile() {
-	if f := c.file; f != nil {
-		c.file = nil
-		_ = errors.Join(f.Truncate(c.size), f.Sync(), f.Close()) // the write's error is the one to tell
+func (c *committer) abandonFile() error {
+	f := c.file
+	if f == nil {
+		return nil
 	}
+	c.file = nil
+	return errors.Join(f.Truncate(c.size), f.Sync(), f.Close())
+}
+
+func mayBeLost(durable, committed uint64, err error) error {
+	return fmt.Errorf("records %d to %d, acknowledged before they were synced, may be lost: %w", durable+1, committed, err)
 }
 
 // writable makes sure that there is a segment to write to. After one failure

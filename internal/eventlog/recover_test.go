@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -12,6 +13,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"testing/synctest"
+	"time"
 )
 
 // The record shown in docs/EVENTLOG.md is one.
@@ -262,6 +265,44 @@ func TestDiskFaults(t *testing.T) {
 			}
 		})
 	}
+}
+
+// A log that syncs every so often goes on doing so after a disk that was full, or that
+// failed where a segment ended.
+func TestLazySyncAfterFault(t *testing.T) {
+	for _, at := range []string{"write", "rotation"} {
+		t.Run(at, func(t *testing.T) { synctest.Test(t, func(t *testing.T) { testLazySyncAfterFault(t, at) }) })
+	}
+}
+
+func testLazySyncAfterFault(t *testing.T, at string) {
+	sick := &sickFS{FS: &sharedFS{FS: newSimDisk(rand.New(rand.NewPCG(1, 1)))}}
+	o := testOptions("/log")
+	o.FS, o.PerVM, o.SyncEvery = sick, nil, 100*time.Millisecond
+	l := mustOpen(t, o)
+	publish(t, l, "web1", "t", "", `"`+strings.Repeat("x", 40_000)+`"`)
+	err := error(syscall.ENOSPC)
+	if at == "write" {
+		sick.write.Store(&err)
+	} else {
+		sick.sync.Store(&err)
+	}
+	b := &Batch{Entries: []Entry{{VM: "web1", Topic: []byte("t"), Payload: []byte(`"` + strings.Repeat("x", 40_000) + `"`)}}}
+	if err := l.Append(t.Context(), b); err != nil || b.Entries[0].Err == nil {
+		t.Fatal(err, "nothing was refused")
+	}
+	time.Sleep(2 * o.SyncEvery)
+	sick.write.Store(nil)
+	sick.sync.Store(nil)
+	for range 3 {
+		publish(t, l, "web1", "t", "", "1")
+		time.Sleep(2 * o.SyncEvery)
+		synctest.Wait()
+		if durable, committed := l.Durable(), l.Committed(); durable != committed {
+			t.Errorf("synced up to %d of %d", durable, committed)
+		}
+	}
+	mustClose(t, l)
 }
 
 // A fault that is over before anybody could be told of it is told all the same.

@@ -155,12 +155,12 @@ func (p *perVM) forget() {
 		p.lost = false
 		p.unsynced = nil
 		p.position.Store(p.synced)
-		p.resets.Add(1)
 	}
 	p.open.closeAll()
 	p.mu.Lock()
 	clear(p.streams)
 	p.mu.Unlock()
+	p.resets.Add(1) // when nobody finds the old ones any more, and before the files are touched
 	p.filled, p.buffered = nil, 0
 	p.newDirs, p.newIDs = true, true // as far as is known
 }

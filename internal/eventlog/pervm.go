@@ -72,7 +72,7 @@ type perVM struct {
 	position atomic.Uint64 // records up to here are in the files
 	furthest atomic.Uint64 // the largest that position has been
 	saved    atomic.Uint64 // the position on disk is at least this
-	resets   atomic.Uint64 // how often position has gone back
+	resets   atomic.Uint64 // how often position has gone back, or streams was emptied
 	wanted   atomic.Bool   // a checkpoint, soon
 	wake     chan struct{} // room for one token: more wake-ups would say the same
 	quit     chan struct{}

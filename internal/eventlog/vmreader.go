@@ -11,10 +11,11 @@ import (
 // vmReader reads a VM's own stream up to where it had been copied when the
 // reader was made; the host stream has the rest.
 type vmReader struct {
+	vm     string
 	cursor cursor
 	until  uint64
 	begins uint64 // the first number that the stream can have
-	resets uint64 // of the copying, when it was made
+	resets uint64 // of what is known of the files, when it was made
 	ahead  Record
 	has    bool
 }
@@ -42,7 +43,7 @@ func (l *Log) NewVMReader(vm string, seq uint64) (*Reader, error) {
 	if oldest == 0 || oldest > seq && seq >= l.Oldest() {
 		return r, nil
 	}
-	r.vm = &vmReader{cursor: cursor{st: st, next: seq}, until: position, begins: oldest, resets: resets}
+	r.vm = &vmReader{vm: vm, cursor: cursor{st: st, next: seq}, until: position, begins: oldest, resets: resets}
 	return r, nil
 }
 
@@ -79,10 +80,18 @@ func (r *Reader) fromVM(rec *Record) (bool, error) {
 	}
 	err := v.cursor.read(rec)
 	if r.log.perVM.resets.Load() != v.resets {
-		// The files are being written anew: the host stream has what is there.
+		// The end of the files is being written anew, and their list is no longer kept
+		// up to date: begin again with what is known by now.
 		v.cursor.close()
-		r.vm = nil
-		return false, nil
+		v.cursor.next = r.next // should this fail
+		again, err := r.log.NewVMReader(v.vm, r.next)
+		if err != nil {
+			return false, err
+		}
+		if r.vm = again.vm; r.vm == nil {
+			return false, nil
+		}
+		return r.fromVM(rec)
 	}
 	damaged := v.cursor.damaged
 	if damaged && r.log.opts.OnDamage != nil {

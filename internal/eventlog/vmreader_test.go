@@ -1,0 +1,103 @@
+package eventlog
+
+import (
+	"errors"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+)
+
+// A VM's stream is read on after a sync that failed, though the host stream has
+// nothing of it any more.
+func TestVMReaderAfterFailedSync(t *testing.T) {
+	sick := &sickFS{FS: OS}
+	o := testOptions(t.TempDir())
+	o.FS, o.Retention = sick, 128<<10
+	l := mustOpen(t, o)
+	defer mustClose(t, l)
+	const own = 10
+	for range own {
+		publish(t, l, "web1", "t", "", "1")
+	}
+	big := `"` + strings.Repeat("x", 20_000) + `"`
+	for range 20 {
+		publish(t, l, "web2", "t", "", big)
+	}
+	waitFor(t, "web1's records expire from the host stream", func() bool {
+		l.perVM.hurry()
+		return l.Oldest() > own
+	})
+	r, err := l.NewVMReader("web1", 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	var rec Record
+	if ok, err := r.Next(&rec); !ok || err != nil {
+		t.Fatal(ok, err)
+	}
+	before := l.perVM.resets.Load()
+	publish(t, l, "web2", "t", "", "1")
+	copied(t, l)
+	sick.sync.Store(new(error(syscall.EIO)))
+	l.perVM.hurry()
+	waitFor(t, "a checkpoint fails", func() bool { return l.perVM.resets.Load() > before })
+	sick.sync.Store(nil)
+	for want := uint64(2); want <= own; want++ {
+		if ok, err := r.Next(&rec); !ok || err != nil || rec.Seq != want {
+			t.Fatalf("record %d is read as %d, %v, %v", want, rec.Seq, ok, err)
+		}
+	}
+}
+
+// Who reads a VM's stream is told of what expires from it as ever, after copying to
+// another VM's has failed.
+func TestVMReaderAfterFailedCopy(t *testing.T) {
+	sick := &unreadableFS{FS: OS}
+	o := testOptions(t.TempDir())
+	o.FS, o.PerVM.Retention = sick, 256<<10
+	var failed atomic.Bool
+	o.PerVM.OnError = func(err error) { failed.Store(err != nil) }
+	l := mustOpen(t, o)
+	defer mustClose(t, l)
+	big := `"` + strings.Repeat("x", 20_000) + `"`
+	for range 10 {
+		publish(t, l, "web1", "t", "", big)
+	}
+	copied(t, l)
+	r, err := l.NewVMReader("web1", 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	var rec Record
+	if ok, err := r.Next(&rec); !ok || err != nil {
+		t.Fatal(ok, err)
+	}
+	bad := filepath.Join(o.PerVM.Dir, "web2", segmentName(l.Committed()+1))
+	sick.bad.Store(&bad)
+	publish(t, l, "web2", "t", "", "1")
+	waitFor(t, "copying fails", failed.Load)
+	sick.bad.Store(nil)
+	for range 30 {
+		publish(t, l, "web1", "t", "", big)
+	}
+	copied(t, l)
+	for next := rec.Seq + 1; next <= l.Committed(); {
+		ok, err := r.Next(&rec)
+		var gap *Gap
+		switch {
+		case errors.As(err, &gap):
+			if gap.From != next {
+				t.Fatalf("behind %d comes a gap from %d to %d", next-1, gap.From, gap.To)
+			}
+			next = gap.To + 1
+		case err != nil || !ok:
+			t.Fatalf("behind %d: %v, %v", next-1, ok, err)
+		default:
+			next = rec.Seq + 1
+		}
+	}
+}

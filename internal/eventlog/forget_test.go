@@ -3,10 +3,12 @@ package eventlog
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -210,4 +212,42 @@ func TestShare(t *testing.T) {
 		_, total := sizes("full")
 		return total <= 600<<10
 	})
+}
+
+// unlistableFS cannot list one directory.
+type unlistableFS struct {
+	FS
+	bad string
+}
+
+func (u *unlistableFS) ReadDir(dir string) ([]fs.DirEntry, error) {
+	if dir == u.bad {
+		return nil, &fs.PathError{Op: "open", Path: dir, Err: syscall.EIO}
+	}
+	return u.FS.ReadDir(dir)
+}
+
+// A VM whose stream cannot be looked at is told of, and keeps nothing of others'.
+func TestSweepPassesOver(t *testing.T) {
+	o := testOptions(t.TempDir())
+	l := mustOpen(t, o)
+	big := `"` + strings.Repeat("x", 60_000) + `"`
+	publish(t, l, "bad", "t", "", big)
+	for range 10 {
+		publish(t, l, "good", "t", "", big)
+	}
+	copied(t, l)
+	mustClose(t, l)
+	o.FS = &unlistableFS{OS, filepath.Join(o.PerVM.Dir, "bad")}
+	o.PerVM.Share = func(string) int64 { return 128 << 10 }
+	told := make(chan error, 1)
+	o.OnError = func(err error) { told <- err }
+	l = mustOpen(t, o)
+	defer mustClose(t, l)
+	if err := <-told; !errors.Is(err, syscall.EIO) {
+		t.Errorf("told %v", err)
+	}
+	if segs, err := os.ReadDir(filepath.Join(o.PerVM.Dir, "good")); err != nil || len(segs) > 2 {
+		t.Errorf("%d segments are left, %v", len(segs), err)
+	}
 }

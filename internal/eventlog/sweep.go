@@ -1,6 +1,7 @@
 package eventlog
 
 import (
+	"errors"
 	"path/filepath"
 	"time"
 )
@@ -28,16 +29,13 @@ func (p *perVM) sweep() (next time.Duration, err error) {
 		}
 	}
 	n := min(sweepStep, len(p.unswept))
-	for _, vm := range p.unswept[:n] {
-		if err := p.sweepVM(vm); err != nil {
-			p.unswept = nil
-			return expireInterval, err
-		}
+	for _, vm := range p.unswept[:n] { // one that cannot be looked at must not keep the others'
+		err = errors.Join(err, p.sweepVM(vm))
 	}
 	if p.unswept = p.unswept[n:]; len(p.unswept) == 0 {
-		return expireInterval, nil
+		return expireInterval, err
 	}
-	return time.Second, nil
+	return time.Second, err
 }
 
 func (p *perVM) sweepVM(vm string) error {

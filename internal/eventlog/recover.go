@@ -169,7 +169,8 @@ func (l *Log) cut(f File, path string, end, size int64) (*Cut, error) {
 		err = aside.Sync()
 	}
 	if err = errors.Join(err, aside.Close()); err != nil {
-		return nil, fmt.Errorf("keeping the unfinished tail in %s: %w", name, err)
+		// The segment has it all yet, and the next start makes another.
+		return nil, errors.Join(fmt.Errorf("keeping the unfinished tail in %s: %w", name, err), l.opts.FS.Remove(name))
 	}
 	if err := l.opts.FS.SyncDir(l.opts.Dir); err != nil {
 		return nil, err

@@ -92,6 +92,31 @@ func TestTornTail(t *testing.T) {
 	}
 }
 
+// Starts that fail for want of room for a torn tail take up no more of it each time.
+func TestTornTailOnFullDisk(t *testing.T) {
+	o, path, data := logOf(t, 2)
+	if err := os.WriteFile(path, data[:len(data)-1], 0o600); err != nil {
+		t.Fatal(err)
+	}
+	sick := &sickFS{FS: OS}
+	o.FS = sick
+	sick.write.Store(new(error(syscall.ENOSPC)))
+	for range 3 {
+		if _, _, err := Open(o); !errors.Is(err, syscall.ENOSPC) {
+			t.Fatal(err)
+		}
+	}
+	if files, err := os.ReadDir(o.Dir); err != nil || len(files) != 1 {
+		t.Errorf("%v, %v", files, err)
+	}
+	sick.write.Store(nil)
+	l, rec, err := Open(o)
+	if err != nil || rec.Cut == nil {
+		t.Fatal(rec, err)
+	}
+	mustClose(t, l)
+}
+
 // A flipped bit anywhere in a sealed record is found, told of, and served as a
 // gap; the rest is served.
 func TestFlippedBits(t *testing.T) {

@@ -369,3 +369,76 @@ func TestShortFaultIsTold(t *testing.T) {
 	}
 	mustClose(t, l)
 }
+
+// So is a disk that did not answer in time, and then did.
+func TestShortStallIsTold(t *testing.T) { synctest.Test(t, testShortStallIsTold) }
+
+func testShortStallIsTold(t *testing.T) {
+	slow := &gateFS{FS: &sharedFS{FS: newSimDisk(rand.New(rand.NewPCG(1, 1)))}}
+	o := testOptions("/log")
+	o.FS, o.PerVM = slow, nil
+	states, goOn := make(chan string), make(chan struct{})
+	o.OnState = func(s State) { states <- s.Degraded; <-goOn }
+	l := mustOpen(t, o)
+	stall := func() {
+		b := &Batch{Entries: []Entry{{VM: "web1", Topic: []byte("t"), Payload: []byte("1")}}}
+		slow.gate = make(chan struct{})
+		slow.shut.Store(true)
+		if err := l.Append(t.Context(), b); !errors.Is(err, ErrStalled) {
+			t.Fatal(err)
+		}
+		slow.shut.Store(false)
+		close(slow.gate)
+		<-b.Done()
+		waitFor(t, "the stall is over", func() bool { return l.State().Degraded == "" })
+	}
+	stall()
+	for round := range 3 {
+		for _, want := range []string{CauseStalled, ""} {
+			if got := <-states; got != want {
+				t.Fatalf("told %q, want %q", got, want)
+			}
+			if want == "" && round < 2 {
+				stall() // begins and ends while OnState is still at the one before
+			}
+			goOn <- struct{}{}
+		}
+	}
+	mustClose(t, l)
+}
+
+// The last fault is told, though the log ends at once.
+func TestFaultAtTheEndIsTold(t *testing.T) {
+	for range 20 {
+		sick := &sickFS{FS: OS}
+		o := testOptions(t.TempDir())
+		o.FS, o.PerVM = sick, nil
+		states, goOn := make(chan string, 10), make(chan struct{})
+		o.OnState = func(s State) { states <- s.Degraded; <-goOn }
+		l := mustOpen(t, o)
+		for i, err := range []error{syscall.EIO, nil, syscall.ENOSPC} {
+			sick.sync.Store(nil)
+			if err != nil {
+				sick.sync.Store(&err)
+			}
+			b := &Batch{Entries: []Entry{{VM: "web1", Topic: []byte("t"), Payload: []byte("1")}}}
+			if got := l.Append(t.Context(), b); got != nil || !errors.Is(b.Entries[0].Err, err) {
+				t.Fatal(got, b.Entries[0].Err)
+			}
+			if i == 0 {
+				<-states
+			}
+		}
+		l.quitOnce.Do(func() { close(l.quit) })
+		<-l.done
+		close(goOn)
+		mustClose(t, l)
+		last := ""
+		for len(states) > 0 {
+			last = <-states
+		}
+		if last != CauseFull {
+			t.Fatalf("the last told was %q", last)
+		}
+	}
+}

@@ -46,6 +46,7 @@ func (l *Log) stalled() {
 	late := l.Writing() >= l.opts.StallAfter && !gate.shut()
 	if late {
 		close(gate.stalled)
+		l.fault.Store(&State{Degraded: CauseStalled, Err: ErrStalled})
 	}
 	l.stallMu.Unlock()
 	if late {
@@ -84,11 +85,11 @@ func (l *Log) reportState() {
 			l.opts.OnState(s)
 		}
 	}
-	for {
+	for ended := false; !ended; {
 		select {
 		case <-l.changed:
 		case <-l.done:
-			return
+			ended = true
 		}
 		if fault := l.fault.Swap(nil); fault != nil {
 			tell(*fault)

@@ -48,8 +48,11 @@ func (r *Reader) Skip(seq uint64) {
 // Close gives back what the reader holds. It may be used again.
 func (r *Reader) Close() {
 	r.mem, r.ahead = nil, nil
-	if r.vm != nil {
-		r.vm.cursor.close()
+	if v := r.vm; v != nil {
+		v.cursor.close()
+		if v.has { // what was read ahead was in the buffer given back
+			v.has, v.cursor.next = false, r.next
+		}
 	}
 	if r.disk != nil {
 		r.disk.close()

@@ -101,3 +101,39 @@ func TestVMReaderAfterFailedCopy(t *testing.T) {
 		}
 	}
 }
+
+// A reader that is closed where a gap was told, and used again, gives what is behind
+// the gap as it is on disk.
+func TestVMReaderClosedAtGap(t *testing.T) {
+	o := testOptions(t.TempDir())
+	o.PerVM.Retention = 128 << 10
+	l := mustOpen(t, o)
+	defer mustClose(t, l)
+	big := `"` + strings.Repeat("x", 20_000) + `"`
+	publish(t, l, "web1", "t", "", big)
+	copied(t, l)
+	r, err := l.NewVMReader("web1", 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 20 {
+		publish(t, l, "web1", "t", "", big)
+	}
+	copied(t, l)
+	r.vm.until = l.Committed() // as if it had been made now, before the segment went
+	var rec Record
+	var gap *Gap
+	if _, err := r.Next(&rec); !errors.As(err, &gap) {
+		t.Fatal(err)
+	}
+	r.Close()
+	for range 8 { // others use the buffer
+		b := buffers.Get().(*[]byte)
+		defer buffers.Put(b)
+		clear(*b)
+	}
+	if ok, err := r.Next(&rec); !ok || err != nil || rec.Seq != gap.To+1 || string(rec.Payload) != big {
+		t.Errorf("behind %+v: %v, %v, record %d with %.10q", gap, ok, err, rec.Seq, rec.Payload)
+	}
+	r.Close()
+}

@@ -55,6 +55,8 @@ type idIndex struct {
 	used   list.List // of *idTable, most recently used first
 	bytes  int       // of all tables
 	room   chan struct{}
+	// waiting is how many are at it to load one, leaving how many are to make room.
+	waiting, leaving int
 
 	// The committer's.
 	looked  *idTable // of the last lookup
@@ -105,6 +107,18 @@ func (b *Batch) table(vm string) *idTable {
 func (x *idIndex) table(ctx context.Context, vm string, holding bool) (*idTable, error) {
 	x.mu.Lock()
 	t := x.tables[vm]
+	if t != nil && t.gone != nil && !holding {
+		gone := t.gone
+		x.mu.Unlock()
+		select {
+		case <-gone:
+		case <-time.After(x.wait): // its ids are long in coming to the disk; it goes later
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+		x.mu.Lock()
+		t = x.tables[vm]
+	}
 	mine := t == nil
 	if mine {
 		t = &idTable{vm: vm, ready: make(chan struct{})}
@@ -174,30 +188,32 @@ func (x *idIndex) load(t *idTable, holding bool) error {
 	return nil
 }
 
-// turn waits until a table may be read, and takes one of the loads: only who has one
-// looks whether there is room, or all who were told of it would use the same.
+// turn waits until a table may be read, and takes one of the loads. Who has one waits
+// for room; the others come in the order in which they asked.
 func (x *idIndex) turn(holding bool) error {
 	late := time.After(x.wait)
-	for {
-		select {
-		case x.loads <- struct{}{}:
-		case <-late:
-			return ErrNotQueued
-		}
-		x.mu.Lock()
-		x.evict()
-		fits, room := holding || x.bytes <= x.budget, x.room
+	select {
+	case x.loads <- struct{}{}:
+	case <-late:
+		return ErrNotQueued
+	}
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	x.waiting++
+	defer func() { x.waiting-- }()
+	for x.evict(); x.bytes > x.budget && !holding; x.evict() {
+		room := x.room
 		x.mu.Unlock()
-		if fits {
-			return nil
-		}
-		<-x.loads
 		select {
 		case <-room:
+			x.mu.Lock()
 		case <-late: // what is in the commit or not on disk yet cannot be dropped
+			x.mu.Lock()
+			<-x.loads
 			return errors.New("the ids of other VMs take all the memory until they are on disk; try again")
 		}
 	}
+	return nil
 }
 
 // release lets go of what acquire has kept for b. The log is done with it.
@@ -228,6 +244,10 @@ func (x *idIndex) drop(t *idTable) {
 	x.used.Remove(t.elem)
 	delete(x.tables, t.vm)
 	x.bytes -= t.counted
+	if t.gone != nil {
+		close(t.gone)
+		x.leaving--
+	}
 }
 
 // forget drops a VM's table, unless somebody publishes under that name just now.
@@ -241,13 +261,20 @@ func (x *idIndex) forget(vm string) {
 }
 
 // evict drops the tables used longest ago that nobody uses and that are whole on
-// disk, while there are too many. Call with mu held.
+// disk, while there are too many. While others wait for room, as many let nobody in
+// any more until they are dropped: those who publish without a pause would keep
+// theirs for ever, and the others none. Call with mu held.
 func (x *idIndex) evict() {
 	upTo, whole := x.written()
-	for e := x.used.Back(); whole && e != nil && x.bytes > x.budget; {
+	for e := x.used.Back(); e != nil && (x.bytes > x.budget || x.leaving > 0); {
 		t, prev := e.Value.(*idTable), e.Prev()
-		if t.pins == 0 && t.last <= upTo {
+		switch {
+		case x.bytes <= x.budget && t.gone == nil:
+		case whole && t.pins == 0 && t.last <= upTo:
 			x.drop(t)
+		case x.leaving < x.waiting && t.gone == nil && t.counted > 0: // else it takes no room yet
+			t.gone = make(chan struct{})
+			x.leaving++
 		}
 		e = prev
 	}
@@ -265,7 +292,7 @@ func (x *idIndex) roomMade() {
 func (x *idIndex) advanced() {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	if x.bytes > x.budget {
+	if x.bytes > x.budget || x.leaving > 0 {
 		x.evict()
 		x.roomMade()
 	}

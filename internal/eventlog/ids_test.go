@@ -327,6 +327,37 @@ func TestIDsReadAtOnce(t *testing.T) {
 	})
 }
 
+// Where more publish without a pause than there is room for, each has its turn.
+func TestIDsTakeTurns(t *testing.T) {
+	o := logBeyond(t)
+	const vms, turns = 5, 50
+	for i := range vms {
+		writeIDs(t, o, fmt.Sprint("web", i), 1000)
+	}
+	synctest.Test(t, func(t *testing.T) {
+		x := newIDIndex(OS, o.PerVM.IDDir, 50*time.Millisecond, func() (uint64, bool) { return 1000, true })
+		x.budget = 2 * 40 * 1000
+		var work sync.WaitGroup
+		for i := range 2 * vms { // two a VM, so that its ids are always in use
+			work.Go(func() {
+				time.Sleep(time.Duration(i) * time.Millisecond)
+				for range turns {
+					b, err := idsOf(t, x, fmt.Sprint("web", i/2))
+					if err != nil {
+						t.Error(err)
+					}
+					time.Sleep(2 * time.Millisecond) // until it is committed
+					x.release(b)
+				}
+			})
+		}
+		work.Wait()
+		if x.leaving != 0 || x.waiting != 0 {
+			t.Errorf("%d are to make room, %d wait for it", x.leaving, x.waiting)
+		}
+	})
+}
+
 // Ids that could not be read are read again, also while somebody who was refused for
 // it has not gone yet.
 func TestIDsReadAgain(t *testing.T) {

@@ -35,6 +35,7 @@ type idTable struct {
 	pins    int // batches under way that need it
 	counted int // bytes of it in idIndex.bytes
 	elem    *list.Element
+	gone    chan struct{} // closed when it is dropped; nil: it is not to make room
 }
 
 type idSeq struct {

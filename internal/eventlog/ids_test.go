@@ -327,6 +327,38 @@ func TestIDsReadAtOnce(t *testing.T) {
 	})
 }
 
+// However much there is to copy, a file of ids gets no longer than a start takes it for
+// its own: the host has ids, and no stream that is written as often.
+func TestManyHostIDs(t *testing.T) {
+	o := testOptions(t.TempDir())
+	o.SyncEvery, o.SegmentSize = -1, 64<<20
+	l := mustOpen(t, o)
+	const count = 180_000
+	for n := 0; n < count; {
+		b := &Batch{}
+		for range 1000 {
+			n++
+			b.Entries = append(b.Entries, Entry{VM: "host", Topic: []byte("t"), ID: fmt.Append(nil, n)})
+		}
+		if err := l.Append(t.Context(), b); err != nil || b.Entries[999].Err != nil {
+			t.Fatal(err, b.Entries[999].Err)
+		}
+	}
+	mustClose(t, l)
+	if err := os.Remove(o.PerVM.PositionFile); err != nil { // all is copied anew
+		t.Fatal(err)
+	}
+	mustClose(t, mustOpen(t, o))
+	l = mustOpen(t, o)
+	publish(t, l, "host", "t", "new", "1") // the file is looked at
+	mustClose(t, l)
+	l = mustOpen(t, o)
+	defer mustClose(t, l)
+	if got := publish(t, l, "host", "t", fmt.Sprint(count), "1"); got != count {
+		t.Errorf("a retry of %d got %d", count, got)
+	}
+}
+
 // Where more publish without a pause than there is room for, each has its turn.
 func TestIDsTakeTurns(t *testing.T) {
 	o := logBeyond(t)

@@ -265,6 +265,7 @@ func (s *vmStream) addID(rec *Record) error {
 	key := hashID([]byte(id))
 	s.p.fill(s)
 	s.ids = binary.BigEndian.AppendUint64(append(s.ids, key[:]...), rec.Seq)
+	s.p.buffered += idEntry // the host's are not in any stream's buffer
 	return nil
 }
 

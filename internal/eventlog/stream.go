@@ -101,6 +101,7 @@ func (s *stream) create(first uint64) (File, error) {
 	f, err := s.fs.OpenFile(name, os.O_RDWR|os.O_CREATE|os.O_EXCL, filePerm)
 	if errors.Is(err, fs.ErrExist) {
 		if err = s.fs.Remove(name); err == nil {
+			s.drop(first) // or searches would come upon a file that is not there
 			f, err = s.fs.OpenFile(name, os.O_RDWR|os.O_CREATE|os.O_EXCL, filePerm)
 		}
 	}
@@ -108,15 +109,23 @@ func (s *stream) create(first uint64) (File, error) {
 		return nil, fmt.Errorf("creating segment: %w", err)
 	}
 	s.unsynced = true
+	s.drop(first)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if n := len(s.segs); n > 0 && s.segs[n-1].first == first {
-		s.segs = s.segs[:n-1]
-	} else if n > 0 {
+	if n := len(s.segs); n > 0 {
 		s.segs[n-1].sealed = time.Now()
 	}
 	s.segs = append(s.segs, segment{first: first, modified: time.Now()})
 	return f, nil
+}
+
+// drop takes the newest segment off the list if it is the one that begins at first.
+func (s *stream) drop(first uint64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if n := len(s.segs); n > 0 && s.segs[n-1].first == first {
+		s.segs = s.segs[:n-1]
+	}
 }
 
 // syncDir makes the segments' names, and the lack of those removed, durable.

@@ -7,6 +7,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"time"
 )
 
 // A VM's stream is read on after a sync that failed, though the host stream has
@@ -39,12 +40,15 @@ func TestVMReaderAfterFailedSync(t *testing.T) {
 		t.Fatal(ok, err)
 	}
 	before := l.perVM.resets.Load()
-	publish(t, l, "web2", "t", "", "1")
-	copied(t, l)
-	sick.sync.Store(new(error(syscall.EIO)))
-	l.perVM.hurry()
-	waitFor(t, "a checkpoint fails", func() bool { return l.perVM.resets.Load() > before })
-	sick.sync.Store(nil)
+	waitFor(t, "a checkpoint fails", func() bool {
+		publish(t, l, "web2", "t", "", "1")
+		copied(t, l)
+		sick.sync.Store(new(error(syscall.EIO)))
+		l.perVM.hurry()
+		time.Sleep(10 * time.Millisecond) // or one from before was first, and there was nothing to sync
+		sick.sync.Store(nil)
+		return l.perVM.resets.Load() > before
+	})
 	for want := uint64(2); want <= own; want++ {
 		if ok, err := r.Next(&rec); !ok || err != nil || rec.Seq != want {
 			t.Fatalf("record %d is read as %d, %v, %v", want, rec.Seq, ok, err)

@@ -259,10 +259,10 @@ func (n *simNode) sync() {
 
 // fail is sync on a disk that fails: the kernel drops some of what it could not write
 // and calls it clean. No later sync will write it, though it may be seen for a while
-// yet.
+// yet. A cut is the journal's, which loses nothing and goes on: the next sync has it.
 func (d *simDisk) fail(n *simNode) {
 	n.durable = d.survive(n)
-	n.pending = n.pending[:0]
+	n.pending = slices.DeleteFunc(n.pending, func(w simWrite) bool { return w.data != nil })
 	if d.rng.IntN(2) == 0 {
 		size := len(n.data)
 		n.data = append(n.data[:0], n.durable...)

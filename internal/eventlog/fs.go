@@ -203,6 +203,10 @@ func Replace(fsys FS, path string, data []byte) error {
 // directory is synced a power cut may bring the old contents back.
 func replaceFile(fsys FS, path string, data []byte) error {
 	tmp := path + ".tmp"
+	// A power cut may have left half a rename: then it is path's file under another name.
+	if err := fsys.Remove(tmp); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
 	f, err := fsys.OpenFile(tmp, os.O_RDWR|os.O_CREATE|os.O_TRUNC, filePerm)
 	if err != nil {
 		return err

@@ -339,6 +339,33 @@ func TestSearchWithoutNewestSegment(t *testing.T) {
 	}
 }
 
+// A file that is replaced keeps its contents until the new ones are whole, also where a
+// power cut has left the last one's temporary name for it.
+func TestReplaceAfterHalfARename(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "file")
+	if err := Replace(OS, path, []byte("old")); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Link(path, path+".tmp"); err != nil {
+		t.Fatal(err)
+	}
+	sick := &sickFS{FS: OS}
+	sick.write.Store(new(error(syscall.ENOSPC)))
+	if err := Replace(sick, path, []byte("new")); !errors.Is(err, syscall.ENOSPC) {
+		t.Error(err)
+	}
+	if data, err := os.ReadFile(path); err != nil || string(data) != "old" {
+		t.Errorf("%q, %v", data, err)
+	}
+	sick.write.Store(nil)
+	if err := Replace(sick, path, []byte("new")); err != nil {
+		t.Error(err)
+	}
+	if data, err := os.ReadFile(path); err != nil || string(data) != "new" {
+		t.Errorf("%q, %v", data, err)
+	}
+}
+
 // A log that syncs every so often goes on doing so after a disk that was full, or that
 // failed where a segment ended.
 func TestLazySyncAfterFault(t *testing.T) {

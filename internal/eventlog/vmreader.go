@@ -16,6 +16,7 @@ type vmReader struct {
 	until  uint64
 	begins uint64 // the first number that the stream can have
 	resets uint64 // of what is known of the files, when it was made
+	unsure bool   // after a failed sync, behind until anything may be in the files
 	ahead  Record
 	has    bool
 }
@@ -25,8 +26,10 @@ type vmReader struct {
 // stream, which other VMs' traffic does not push out.
 func (l *Log) NewVMReader(vm string, seq uint64) (*Reader, error) {
 	var resets uint64
+	whole := true
 	if l.perVM != nil {
 		resets = l.perVM.resets.Load()
+		_, whole = l.perVM.filesHold()
 	}
 	st, position, err := l.vmStream(vm)
 	if err != nil {
@@ -43,7 +46,7 @@ func (l *Log) NewVMReader(vm string, seq uint64) (*Reader, error) {
 	if oldest == 0 || oldest > seq && seq >= l.Oldest() {
 		return r, nil
 	}
-	r.vm = &vmReader{vm: vm, cursor: cursor{st: st, next: seq}, until: position, begins: oldest, resets: resets}
+	r.vm = &vmReader{vm: vm, cursor: cursor{st: st, next: seq}, until: position, begins: oldest, resets: resets, unsure: !whole}
 	return r, nil
 }
 
@@ -94,6 +97,16 @@ func (r *Reader) fromVM(rec *Record) (bool, error) {
 		return r.fromVM(rec)
 	}
 	damaged := v.cursor.damaged
+	if damaged && v.unsure {
+		// What is up to until was synced, so this is most likely behind it; should it
+		// not be, the host stream has what is missing, if anybody has.
+		v.cursor.close()
+		r.vm = nil
+		if r.next < r.log.Oldest() {
+			r.next = v.until + 1
+		}
+		return false, nil
+	}
 	if damaged && r.log.opts.OnDamage != nil {
 		r.log.opts.OnDamage(v.cursor.damagedAt)
 	}

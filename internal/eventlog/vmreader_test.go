@@ -2,6 +2,7 @@ package eventlog
 
 import (
 	"errors"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync/atomic"
@@ -140,4 +141,61 @@ func TestVMReaderClosedAtGap(t *testing.T) {
 		t.Errorf("behind %+v: %v, %v, record %d with %.10q", gap, ok, err, rec.Seq, rec.Payload)
 	}
 	r.Close()
+}
+
+// What a failed sync has left behind the last record that is synced is not damage: it
+// is written anew, and until then the host stream has it.
+func TestVMReaderBesideLostTail(t *testing.T) {
+	sick := &sickFS{FS: OS}
+	o := testOptions(t.TempDir())
+	o.FS = sick
+	o.OnDamage = func(d Damage) { t.Errorf("damage at %d of %s", d.Offset, d.File) }
+	l, _, err := open(o) // and nobody copies but the test
+	if err != nil {
+		t.Fatal(err)
+	}
+	commit := func() {
+		b := &Batch{Entries: []Entry{{VM: "web1", Topic: []byte("t"), Payload: []byte("1")}}, done: make(chan struct{}, 1)}
+		if l.commit(b); b.Entries[0].Err != nil {
+			t.Fatal(b.Entries[0].Err)
+		}
+		if err := l.perVM.copyNew(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	commit()
+	if err := l.perVM.checkpoint(); err != nil {
+		t.Fatal(err)
+	}
+	end := l.perVM.known("web1").size
+	commit()
+	sick.sync.Store(new(error(syscall.EIO)))
+	if err := l.perVM.checkpoint(); err == nil {
+		t.Fatal("the checkpoint did not fail")
+	}
+	sick.sync.Store(nil)
+	f, err := os.OpenFile(filepath.Join(o.PerVM.Dir, "web1", segmentName(1)), os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.WriteAt([]byte("lost"), end+20); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+	r, err := l.NewVMReader("web1", 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	var rec Record
+	for want := uint64(1); want <= 2; want++ {
+		if ok, err := r.Next(&rec); !ok || err != nil || rec.Seq != want {
+			t.Fatalf("record %d is read as %d, %v, %v", want, rec.Seq, ok, err)
+		}
+	}
+	if err := errors.Join(l.perVM.finish(), l.c.closeFile()); err != nil {
+		t.Error(err)
+	}
 }

@@ -537,3 +537,32 @@ func TestFaultStalled(t *testing.T) {
 	end()
 	f.recovers("storage-stalled")
 }
+
+// Guests are let in while the disk does not answer whoever registers a VM.
+func TestFaultRegistry(t *testing.T) {
+	f := startFaultLab(t, "")
+	added := make(chan error, 1) // for the one result
+	go func() {
+		for { // strace is there
+			if _, err := os.Stat(f.path("strace.out")); err == nil || t.Context().Err() != nil {
+				break
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+		_, err := f.tryCastractl("vm", "add", "late", "--no-key")
+		added <- err
+	}()
+	end := f.inject("fsync", "delay_enter=15s", f.path("state/vms"))
+	f.connect("newcomer")
+	if list := f.castractl("vm", "list"); strings.Contains(list, "late") {
+		t.Errorf("the disk had answered by then:\n%s", list)
+	}
+	end()
+	if err := <-added; err != nil {
+		t.Error(err)
+	}
+	f.load.finish()
+	f.quiet()
+	f.stop("castrad", f.castrad)
+	f.load.check()
+}

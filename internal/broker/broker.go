@@ -99,8 +99,10 @@ type Broker struct {
 	idle       *session.Idle
 	couriers   *session.Couriers
 
-	// admission is held for writing while names or keys change, and for reading
-	// while a guest is let in by them.
+	// admission is held for reading while a guest is let in by name and key, and for
+	// writing while those are ended whose name or key has just changed: who was let in
+	// by the old one has his session by then. Nothing is asked of a disk meanwhile, or
+	// one that does not answer would keep all guests out.
 	admission sync.RWMutex
 
 	// The broker ends in two steps: first the guests, their connections and the
@@ -235,9 +237,9 @@ func (b *Broker) Configure(s Settings) ([]identity.Problem, error) {
 	b.settings.Store(&s)
 	b.configureSessions(&s)
 	b.table.Configure(b.tableOptions(s))
-	b.admission.Lock()
 	before := b.opts.Registry.List()
 	problems, err := b.opts.Registry.Reload()
+	b.admission.Lock()
 	for _, e := range before {
 		now, ok := b.opts.Registry.Lookup(e.Name)
 		if !ok {

@@ -74,9 +74,7 @@ func (b *Broker) describe(names []string) []bus.VM {
 
 // AddVM registers a VM; see [identity.Registry.Add].
 func (b *Broker) AddVM(_ context.Context, req bus.AddVMRequest) (created bool, key []byte, err error) {
-	b.admission.Lock()
 	created, key, err = b.opts.Registry.Add(req)
-	b.admission.Unlock()
 	if err == nil && created {
 		b.table.Know(req.Name)
 		b.table.Admitted(req.Name)
@@ -87,30 +85,27 @@ func (b *Broker) AddVM(_ context.Context, req bus.AddVMRequest) (created bool, k
 
 // RemoveVM forgets a VM and ends its session.
 func (b *Broker) RemoveVM(_ context.Context, name string) error {
+	if err := b.opts.Registry.Remove(name); err != nil {
+		return err
+	}
 	b.admission.Lock()
-	err := b.opts.Registry.Remove(name)
-	if err == nil {
-		b.endSession(name, "the VM was removed from the registry")
+	b.endSession(name, "the VM was removed from the registry")
+	if _, again := b.opts.Registry.Lookup(name); !again {
 		b.table.Forget(name)
 	}
 	b.admission.Unlock()
-	if err != nil {
-		return err
-	}
 	logging.VMRemoved.On(b.log).WithField("vm", name).Info("VM removed")
 	return nil
 }
 
 // RekeyVM gives a VM a new key. A session made with the old one ends.
 func (b *Broker) RekeyVM(_ context.Context, name string) (key []byte, err error) {
-	b.admission.Lock()
-	if key, err = b.opts.Registry.Rekey(name); err == nil {
-		b.endSession(name, "the VM has a new key")
-	}
-	b.admission.Unlock()
-	if err != nil {
+	if key, err = b.opts.Registry.Rekey(name); err != nil {
 		return nil, err
 	}
+	b.admission.Lock()
+	b.endSession(name, "the VM has a new key")
+	b.admission.Unlock()
 	logging.VMRekeyed.On(b.log).WithField("vm", name).Info("VM has a new key")
 	return key, nil
 }

@@ -81,10 +81,7 @@ func (f stuckFile) ReadAt(b []byte, off int64) (int, error) {
 func TestStalledDisk(t *testing.T) {
 	for _, what := range []string{"sync", "fallocate"} {
 		t.Run(what, func(t *testing.T) {
-			disk := &stuckFS{FS: eventlog.OS}
-			o := testOptions(t, t.TempDir())
-			o.FS = disk
-			b := start(t, o)
+			disk, b := stuckBroker(t)
 			pub, idle := connect(t, b.addr, "pub"), connect(t, b.addr, "idle")
 			eventually(t, "both are announced", func() bool { return b.events.Committed() == 2 })
 			goOn := disk.stop(what)
@@ -127,15 +124,29 @@ func TestStalledDisk(t *testing.T) {
 	}
 }
 
-// A disk that blocks a replay delays that session's deliveries alone.
-func TestStalledRead(t *testing.T) {
+// stuckBroker starts a broker on a disk that can be stopped.
+func stuckBroker(t *testing.T) (*stuckFS, *running) {
+	t.Helper()
 	disk := &stuckFS{FS: eventlog.OS}
 	o := testOptions(t, t.TempDir())
 	o.FS = disk
-	b := start(t, o)
-	bulk(t, b, "t", 300) // more than is in memory
-	goOn := disk.stop("read")
+	return disk, start(t, o)
+}
+
+// unreadable starts a broker whose log has more on the topic t than is in memory, and
+// cannot be read until goOn is called.
+func unreadable(t *testing.T) (b *running, goOn func()) {
+	t.Helper()
+	disk, b := stuckBroker(t)
+	bulk(t, b, "t", 300)
+	goOn = disk.stop("read")
 	t.Cleanup(goOn)
+	return b, goOn
+}
+
+// A disk that blocks a replay delays that session's deliveries alone.
+func TestStalledRead(t *testing.T) {
+	b, goOn := unreadable(t)
 	g := connect(t, b.addr, "g")
 	g.send(`{"type":"subscribe","topic":"t","from":1}`, `{"type":"heartbeat"}`)
 	g.expect(`{"ack":"subscribe","status":"ok"}`, `{"ack":"heartbeat","status":"ok"}`)
@@ -157,10 +168,7 @@ func count(t *testing.T, b *running, text string) int {
 // What happened while the disk did not answer is announced when it does: what it had
 // been given then, and all that comes afterwards.
 func TestStalledPresence(t *testing.T) {
-	disk := &stuckFS{FS: eventlog.OS}
-	o := testOptions(t, t.TempDir())
-	o.FS = disk
-	b := start(t, o)
+	disk, b := stuckBroker(t)
 	told := make(chan struct{}, 16) // more changes than there are
 	t.Cleanup(b.Watch(func(bus.VM, bool) { told <- struct{}{} }))
 	goOn := disk.stop("sync")
@@ -176,13 +184,7 @@ func TestStalledPresence(t *testing.T) {
 // However often a guest asks for a place in a log that cannot be read, it is looked
 // for by one.
 func TestStalledSubscribe(t *testing.T) {
-	disk := &stuckFS{FS: eventlog.OS}
-	o := testOptions(t, t.TempDir())
-	o.FS = disk
-	b := start(t, o)
-	bulk(t, b, "t", 300) // more than is in memory
-	goOn := disk.stop("read")
-	t.Cleanup(goOn)
+	b, goOn := unreadable(t)
 	g := connect(t, b.addr, "g")
 	const subscribe = `{"type":"subscribe","topic":"t","from":"2020-01-01T00:00:00Z"}`
 	g.send(subscribe, subscribe, `{"type":"heartbeat"}`)
@@ -201,13 +203,7 @@ func TestStalledSubscribe(t *testing.T) {
 // A change of subscriptions does not wait without an end for a disk that blocks the
 // deliveries: the heartbeats behind it are answered.
 func TestStalledReadChange(t *testing.T) {
-	disk := &stuckFS{FS: eventlog.OS}
-	o := testOptions(t, t.TempDir())
-	o.FS = disk
-	b := start(t, o)
-	bulk(t, b, "t", 300) // more than is in memory
-	goOn := disk.stop("read")
-	t.Cleanup(goOn)
+	b, _ := unreadable(t)
 	g := connect(t, b.addr, "g")
 	g.send(`{"type":"subscribe","topic":"t","from":1}`)
 	g.expect(`{"ack":"subscribe","status":"ok"}`)

@@ -53,15 +53,8 @@ func testForgetVM(t *testing.T, restarted, early bool) {
 		mustClose(t, l)
 		l = mustOpen(t, o)
 	}
-	reader, err := l.NewVMReader("gone", 1)
-	if err != nil {
-		t.Fatal(err)
-	}
+	reader, rec := readFirst(t, l, "gone")
 	defer reader.Close()
-	var rec Record
-	if ok, err := reader.Next(&rec); !ok || err != nil {
-		t.Fatal(ok, err)
-	}
 	files, err := l.ListVMs(func(vm string) bool { return vm != "other" })
 	if err != nil || len(files) != 2 || files[0].Written.IsZero() {
 		t.Fatalf("%+v, %v", files, err)

@@ -45,14 +45,35 @@ func mustClose(t testing.TB, l *Log) {
 // publish appends one record and gives its number.
 func publish(t testing.TB, l *Log, vm, topic, id, payload string) uint64 {
 	t.Helper()
+	seq, refused := offer(t, l, vm, topic, id, payload)
+	if refused != nil {
+		t.Fatal(refused)
+	}
+	return seq
+}
+
+// offer appends one record and gives its number, or why the log refused it.
+func offer(t testing.TB, l *Log, vm, topic, id, payload string) (seq uint64, refused error) {
+	t.Helper()
 	b := &Batch{Entries: []Entry{{VM: vm, Topic: []byte(topic), ID: []byte(id), Payload: []byte(payload)}}}
 	if err := l.Append(t.Context(), b); err != nil {
 		t.Fatal(err)
 	}
-	if b.Entries[0].Err != nil {
-		t.Fatal(b.Entries[0].Err)
+	return b.Entries[0].Seq, b.Entries[0].Err
+}
+
+// readFirst begins to read a VM's stream, and gives the first record.
+func readFirst(t testing.TB, l *Log, vm string) (*Reader, Record) {
+	t.Helper()
+	r, err := l.NewVMReader(vm, 1)
+	if err != nil {
+		t.Fatal(err)
 	}
-	return b.Entries[0].Seq
+	var rec Record
+	if ok, err := r.Next(&rec); !ok || err != nil {
+		t.Fatal(ok, err)
+	}
+	return r, rec
 }
 
 // readAll reads what is committed from seq on; gaps fail the test.

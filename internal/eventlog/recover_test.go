@@ -228,18 +228,15 @@ func TestDiskFaults(t *testing.T) {
 			want := map[string]bool{}
 			next := uint64(1)
 			try := func(id string) error {
-				b := &Batch{Entries: []Entry{{VM: "web1", Topic: []byte("t"), ID: []byte(id), Payload: []byte(big)}}}
-				if err := l.Append(t.Context(), b); err != nil {
-					t.Fatal(err)
-				}
-				if b.Entries[0].Err == nil {
-					if b.Entries[0].Seq != next {
-						t.Fatalf("%s is %d, want %d", id, b.Entries[0].Seq, next)
+				seq, refused := offer(t, l, "web1", "t", id, big)
+				if refused == nil {
+					if seq != next {
+						t.Fatalf("%s is %d, want %d", id, seq, next)
 					}
 					next++
 					want[id] = true
 				}
-				return b.Entries[0].Err
+				return refused
 			}
 			for i := range 5 {
 				if err := try(fmt.Sprint("before", i)); err != nil {
@@ -328,9 +325,8 @@ func TestSearchWithoutNewestSegment(t *testing.T) {
 	publish(t, l, "web1", "t", "", big)
 	sick.sick.Store(true)
 	for !sick.removed.Load() {
-		b := &Batch{Entries: []Entry{{VM: "web1", Topic: []byte("t"), Payload: []byte(big)}}}
-		if err := l.Append(t.Context(), b); err != nil || b.Entries[0].Err == nil {
-			t.Fatal(err, "nothing was refused")
+		if _, refused := offer(t, l, "web1", "t", "", big); refused == nil {
+			t.Fatal("nothing was refused")
 		}
 	}
 	seq, err := l.LastMatching(1, func(*Record) bool { return true })
@@ -387,9 +383,8 @@ func testLazySyncAfterFault(t *testing.T, at string) {
 		payload = `"` + strings.Repeat("x", 40_000) + `"`
 		sick.sync.Store(&err)
 	}
-	b := &Batch{Entries: []Entry{{VM: "web1", Topic: []byte("t"), Payload: []byte(payload)}}}
-	if err := l.Append(t.Context(), b); err != nil || b.Entries[0].Err == nil {
-		t.Fatal(err, "nothing was refused")
+	if _, refused := offer(t, l, "web1", "t", "", payload); refused == nil {
+		t.Fatal("nothing was refused")
 	}
 	time.Sleep(2 * o.SyncEvery)
 	sick.write.Store(nil)
@@ -413,22 +408,13 @@ func TestShortFaultIsTold(t *testing.T) {
 	states, goOn := make(chan string), make(chan struct{})
 	o.OnState = func(s State) { states <- s.Degraded; <-goOn }
 	l := mustOpen(t, o)
-	publish := func() error {
-		b := &Batch{Entries: []Entry{{VM: "web1", Topic: []byte("t"), Payload: []byte("1")}}}
-		if err := l.Append(t.Context(), b); err != nil {
-			t.Fatal(err)
-		}
-		return b.Entries[0].Err
-	}
 	fault := func() {
 		sick.sync.Store(new(error(syscall.EIO)))
-		if err := publish(); !errors.Is(err, syscall.EIO) {
-			t.Fatalf("refused with %v", err)
+		if _, refused := offer(t, l, "web1", "t", "", "1"); !errors.Is(refused, syscall.EIO) {
+			t.Fatalf("refused with %v", refused)
 		}
 		sick.sync.Store(nil)
-		if err := publish(); err != nil {
-			t.Fatal(err)
-		}
+		publish(t, l, "web1", "t", "", "1")
 	}
 	fault()
 	for round := range 3 {
@@ -507,9 +493,8 @@ func TestFaultAtTheEndIsTold(t *testing.T) {
 			if err != nil {
 				sick.sync.Store(&err)
 			}
-			b := &Batch{Entries: []Entry{{VM: "web1", Topic: []byte("t"), Payload: []byte("1")}}}
-			if got := l.Append(t.Context(), b); got != nil || !errors.Is(b.Entries[0].Err, err) {
-				t.Fatal(got, b.Entries[0].Err)
+			if _, refused := offer(t, l, "web1", "t", "", "1"); !errors.Is(refused, err) {
+				t.Fatal(refused)
 			}
 			for err == nil && <-states != "" { // it is told of when the log is well
 			}

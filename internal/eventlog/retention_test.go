@@ -179,14 +179,10 @@ func TestVMReaderExpired(t *testing.T) {
 	if err := l.perVM.copyNew(); err != nil {
 		t.Fatal(err)
 	}
-	r, err := l.NewVMReader("web1", 1)
-	if err != nil {
-		t.Fatal(err)
-	}
+	r, rec := readFirst(t, l, "web1")
 	defer r.Close()
-	var rec Record
-	if ok, err := r.Next(&rec); !ok || err != nil || rec.Seq != 1 {
-		t.Fatal(rec.Seq, ok, err)
+	if rec.Seq != 1 {
+		t.Fatal(rec.Seq)
 	}
 	st := &l.perVM.known("web1").st
 	if _, err := st.expire(retention{size: 8000, before: noNumber}, time.Now()); err != nil {

@@ -2,6 +2,9 @@ package eventlog
 
 import "time"
 
+// stalledState is how a log is whose gate is shut.
+var stalledState = State{Degraded: CauseStalled, Err: ErrStalled}
+
 // stallGate is shut when the disk has taken too long and replaced by an open
 // one when it answered, so that any number of waiting publishers cost no timer
 // each.
@@ -46,7 +49,7 @@ func (l *Log) stalled() {
 	late := l.Writing() >= l.opts.StallAfter && !gate.shut()
 	if late {
 		close(gate.stalled)
-		l.fault.Store(&State{Degraded: CauseStalled, Err: ErrStalled})
+		l.fault.Store(&stalledState)
 	}
 	l.stallMu.Unlock()
 	if late {
@@ -65,7 +68,7 @@ func (l *Log) stateChanged() {
 // State tells how the log is.
 func (l *Log) State() State {
 	if l.gate.Load().shut() {
-		return State{Degraded: CauseStalled, Err: ErrStalled}
+		return stalledState
 	}
 	return *l.state.Load()
 }

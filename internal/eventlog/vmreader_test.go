@@ -31,15 +31,8 @@ func TestVMReaderAfterFailedSync(t *testing.T) {
 		l.perVM.hurry()
 		return l.Oldest() > own
 	})
-	r, err := l.NewVMReader("web1", 1)
-	if err != nil {
-		t.Fatal(err)
-	}
+	r, rec := readFirst(t, l, "web1")
 	defer r.Close()
-	var rec Record
-	if ok, err := r.Next(&rec); !ok || err != nil {
-		t.Fatal(ok, err)
-	}
 	before := l.perVM.resets.Load()
 	waitFor(t, "a checkpoint fails", func() bool {
 		publish(t, l, "web2", "t", "", "1")
@@ -72,15 +65,8 @@ func TestVMReaderAfterFailedCopy(t *testing.T) {
 		publish(t, l, "web1", "t", "", big)
 	}
 	copied(t, l)
-	r, err := l.NewVMReader("web1", 1)
-	if err != nil {
-		t.Fatal(err)
-	}
+	r, rec := readFirst(t, l, "web1")
 	defer r.Close()
-	var rec Record
-	if ok, err := r.Next(&rec); !ok || err != nil {
-		t.Fatal(ok, err)
-	}
 	bad := filepath.Join(o.PerVM.Dir, "web2", segmentName(l.Committed()+1))
 	sick.bad.Store(&bad)
 	publish(t, l, "web2", "t", "", "1")

@@ -13,13 +13,19 @@ import (
 // the disk counts as stalled; the session's other frames wait behind it.
 const searchTime = 5 * time.Second
 
+// stalled is the refusal of what a disk keeps from being done in [searchTime].
+func stalled(format string, args ...any) error {
+	e := bus.Errorf(bus.CodeStorageStalled, format, args...)
+	e.RetryAfter = searchTime
+	return e
+}
+
 // prepareInTime is prepare, given up on when the disk does not answer.
 func (s *Session) prepareInTime(r request) (*Subscription, error) {
 	if _, owned := wire.TopicVM(r.topic); !owned && r.cursor == "" && r.from.Kind == wire.FromNow {
 		return s.prepare(r) // reads nothing
 	}
-	refusal := bus.Errorf(bus.CodeStorageStalled, "the place in the event log was not found in %v; subscribe again later, or with a nearer from", searchTime)
-	refusal.RetryAfter = searchTime
+	refusal := stalled("the place in the event log was not found in %v; subscribe again later, or with a nearer from", searchTime)
 	select {
 	case <-s.lost:
 		s.lost = nil
@@ -42,8 +48,7 @@ func (s *Session) prepareInTime(r request) (*Subscription, error) {
 		if settled.CompareAndSwap(false, true) {
 			done <- result{sub, err}
 		} else if err == nil {
-			s.broker.Unsubscribe(sub)
-			sub.reader.Close()
+			sub.drop()
 		}
 	})
 	t := time.NewTimer(searchTime)
@@ -70,9 +75,7 @@ const searchSlice = 50 * time.Millisecond
 func (sub *Subscription) search(n uint64) (uint64, error) {
 	s := sub.s
 	if !s.guest.Search() {
-		refusal := bus.Errorf(bus.CodeStorageStalled, "this VM is searching the event log already; subscribe again when that is done")
-		refusal.RetryAfter = searchTime
-		return 0, refusal
+		return 0, stalled("this VM is searching the event log already; subscribe again when that is done")
 	}
 	defer s.guest.SearchDone()
 	s.opts.Scans <- struct{}{}

@@ -174,21 +174,17 @@ func (s *Session) change(r request) error {
 	} else if r.name == "" {
 		err = bus.Errorf(bus.CodeBadFrame, "an unsubscribe names a subscription or a topic")
 	}
+	if err == nil && !s.takeReading() {
+		if sub != nil {
+			sub.drop()
+		}
+		err = stalled("a delivery has waited for the host's disk for %v; try again later", searchTime)
+	}
 	if err != nil {
 		refuse(&a, err)
 		if a.Code == string(bus.CodeTooManySubscriptions) {
 			s.noteSubscriptions()
 		}
-		return s.write(wire.AppendAckFrame(nil, &a))
-	}
-	if !s.takeReading() {
-		if sub != nil {
-			s.broker.Unsubscribe(sub)
-			sub.reader.Close()
-		}
-		refusal := bus.Errorf(bus.CodeStorageStalled, "a delivery has waited for the host's disk for %v; try again later", searchTime)
-		refusal.RetryAfter = searchTime
-		refuse(&a, refusal)
 		return s.write(wire.AppendAckFrame(nil, &a))
 	}
 	defer func() { <-s.reading }()
@@ -224,13 +220,19 @@ func (s *Session) takeReading() bool {
 	}
 }
 
+// drop ends a subscription that nobody delivers to. Only who prepared it calls it, or who
+// has the right to read.
+func (sub *Subscription) drop() {
+	sub.s.broker.Unsubscribe(sub)
+	sub.reader.Close()
+}
+
 // replace removes the subscription called name and puts sub, if not nil, in
 // its place. Call with both rights.
 func (s *Session) replace(name string, sub *Subscription) {
 	subs := slices.Clone(s.subscriptions())
 	if i := slices.IndexFunc(subs, func(o *Subscription) bool { return o.name == name }); i >= 0 {
-		s.broker.Unsubscribe(subs[i])
-		subs[i].reader.Close()
+		subs[i].drop()
 		subs = slices.Delete(subs, i, i+1)
 	}
 	if sub != nil {

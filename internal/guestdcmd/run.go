@@ -158,17 +158,28 @@ func (d *daemon) passedSocket() (*net.UnixListener, error) {
 	if len(passed) == 0 {
 		return nil, nil
 	}
-	ln, ok := passed[0].Listener.(*net.UnixListener)
-	if len(passed) > 1 || passed[0].Use != sdnotify.SocketBus || !ok {
-		for _, p := range passed {
-			err = errors.Join(err, p.Listener.Close())
-		}
-		return nil, errors.Join(errors.New("castra-guestd serves one Unix socket; see systemctl cat castra-guestd.socket for what is passed in"), err)
+	ln, err := onlySocket(passed)
+	if err != nil {
+		return nil, err
 	}
 	if at := ln.Addr().String(); d.cfg.Bus.Socket != at {
 		logging.ConfigurationDoubtful.On(d.log).Warnf("configuration: bus.socket is %q, and systemd passed %q in, which is served; to change that: systemctl edit castra-guestd.socket", d.cfg.Bus.Socket, at)
 	}
 	return ln, nil
+}
+
+// onlySocket gives the socket where one is passed in, and of the right kind; else it closes
+// all that is.
+func onlySocket(passed []sdnotify.Passed) (*net.UnixListener, error) {
+	ln, ok := passed[0].Listener.(*net.UnixListener)
+	if len(passed) == 1 && passed[0].Use == sdnotify.SocketBus && ok {
+		return ln, nil
+	}
+	err := errors.New("castra-guestd serves one Unix socket; see systemctl cat castra-guestd.socket for what is passed in")
+	for _, p := range passed {
+		err = errors.Join(err, p.Close())
+	}
+	return nil, err
 }
 
 // serveBus serves D-Bus until ctx is done, unless the name is somebody else's.

@@ -61,7 +61,7 @@ type vmCursors struct {
 }
 
 func openCursors(dir string) (*cursors, error) {
-	if err := os.MkdirAll(dir, 0o750); err != nil {
+	if err := eventlog.MakeDir(eventlog.OS, dir); err != nil { // durably, as what is in it
 		return nil, fmt.Errorf("creating the cursors' directory: %w", err)
 	}
 	return &cursors{
@@ -99,33 +99,34 @@ func (c *cursors) open(vm, name, topic string, start, end uint64) (next, lost ui
 		return 0, 0, bus.Errorf(bus.CodeInternal, "reading the cursors in %s: %v", v.path, err)
 	}
 	c.mu.Lock()
-	cur := v.all[name]
-	count := len(v.all)
+	cur, count := v.all[name], len(v.all)
 	switch {
-	case cur == nil && count < maxCursors:
+	case cur != nil && cur.Topic != topic: // a cursor's topic never changes
+		err = bus.Errorf(bus.CodeBadFrame, "cursor %s is for topic %s; use another name for %s", name, cur.Topic, topic)
+	case cur == nil && count >= maxCursors:
+		err = bus.Errorf(bus.CodeTooManySubscriptions, "a VM may have %d cursors; use one of those there are", maxCursors)
+	case cur == nil:
 		next = start
 		v.all[name] = &cursor{Topic: topic, Next: start}
-	case cur != nil && cur.Next > end:
+	case cur.Next > end:
 		next, lost = end, cur.Next
 		cur.Next = end
-	case cur != nil:
+	default:
 		next = cur.Next
 	}
 	c.mu.Unlock()
-	switch {
-	case cur != nil && cur.Topic != topic: // a cursor's topic never changes
-		return 0, 0, bus.Errorf(bus.CodeBadFrame, "cursor %s is for topic %s; use another name for %s", name, cur.Topic, topic)
-	case cur == nil && count >= maxCursors:
-		return 0, 0, bus.Errorf(bus.CodeTooManySubscriptions, "a VM may have %d cursors; use one of those there are", maxCursors)
-	case cur != nil && lost == 0:
-		return next, 0, nil
+	if err != nil || cur != nil && lost == 0 {
+		return next, 0, err
 	}
 	if err := c.save(v); err != nil {
+		// Nor may who asks next be given what is not on disk.
+		c.mu.Lock()
 		if cur == nil {
-			c.mu.Lock()
 			delete(v.all, name)
-			c.mu.Unlock()
+		} else {
+			cur.Next = lost
 		}
+		c.mu.Unlock()
 		refusal := bus.Errorf(bus.CodeStorageFull, "the cursor cannot be stored (%v); subscribe again later, or without one", err)
 		refusal.RetryAfter = time.Second
 		return 0, 0, refusal
@@ -144,14 +145,17 @@ func (c *cursors) hold(vm string) *vmCursors {
 		}
 		c.mu.Unlock()
 		v.file.Lock()
-		c.mu.Lock()
-		current := c.vms[vm] == v
-		c.mu.Unlock()
-		if current {
+		if c.known(vm, v) {
 			return v
 		}
 		v.file.Unlock() // it was forgotten meanwhile
 	}
+}
+
+func (c *cursors) known(vm string, v *vmCursors) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.vms[vm] == v
 }
 
 // forget removes a VM's cursors.
@@ -280,11 +284,8 @@ func (c *cursors) flush() error {
 	var errs []error
 	for vm, v := range moved {
 		v.file.Lock()
-		c.mu.Lock()
-		current := c.vms[vm] == v
-		c.mu.Unlock()
 		var err error
-		if current { // else it was forgotten meanwhile
+		if c.known(vm, v) { // else it was forgotten meanwhile
 			err = c.save(v)
 		}
 		v.file.Unlock()

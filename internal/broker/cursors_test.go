@@ -68,6 +68,41 @@ func TestCursorsAreWrittenSoon(t *testing.T) {
 	})
 }
 
+// A cursor that lay beyond the log's end is given only once its new place is on disk:
+// until then the file has the old one, to which a crash would bring it back.
+func TestCursorBeyondTheEndIsStoredFirst(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "g.json")
+	if err := os.WriteFile(path, []byte(`{"c":{"topic":"t","next":900}}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c, err := openCursors(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := c.open("g", "c", "another", 1, 100); err == nil {
+		t.Fatal("a cursor was given for a topic that is not its own")
+	}
+	blocked := filepath.Join(path+".tmp", "in-the-way") // what is written first cannot be made
+	if err := os.MkdirAll(blocked, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if next, _, err := c.open("g", "c", "t", 1, 100); err == nil {
+			t.Fatalf("a cursor was given at %d, and could not be stored", next)
+		}
+	}
+	if err := os.RemoveAll(path + ".tmp"); err != nil {
+		t.Fatal(err)
+	}
+	if next, lost, err := c.open("g", "c", "t", 1, 100); err != nil || next != 100 || lost != 900 {
+		t.Fatalf("%d, %d, %v; want the end, and where it was", next, lost, err)
+	}
+	if got, err := os.ReadFile(path); err != nil || !strings.Contains(string(got), `"next":100}`) {
+		t.Fatalf("%s, %v; want the end", got, err)
+	}
+}
+
 // A VM that is forgotten while its cursors cannot be stored stays forgotten: to store
 // them again there is nothing.
 func TestCursorsForgottenMeanwhile(t *testing.T) {

@@ -161,10 +161,10 @@ func (f osFile) control(op string, call func(fd int) error) error {
 	return err
 }
 
-// makeDir makes dir and those above it that are missing, durably: each one's
-// name is synced before anything is made in it, so that of those that are there
-// only the last one's may not be.
-func makeDir(fsys FS, dir string) error {
+// MakeDir makes dir and those above it that are missing, durably: each one's name is
+// synced before anything is made in it, so that a crash never leaves a directory whose
+// parent's name may be lost.
+func MakeDir(fsys FS, dir string) error {
 	parent := filepath.Dir(dir)
 	d, err := fsys.OpenFile(dir, os.O_RDONLY, 0)
 	if err == nil {
@@ -172,7 +172,7 @@ func makeDir(fsys FS, dir string) error {
 	}
 	existed := err == nil || misplaced(err)
 	if errors.Is(err, fs.ErrNotExist) && parent != dir {
-		if err = makeDir(fsys, parent); err == nil {
+		if err = MakeDir(fsys, parent); err == nil {
 			err = fsys.Mkdir(dir, dirPerm)
 		}
 	}
@@ -186,9 +186,6 @@ func makeDir(fsys FS, dir string) error {
 	}
 	return err
 }
-
-// MakeDir makes dir and those above it that are missing, durably.
-func MakeDir(fsys FS, dir string) error { return makeDir(fsys, dir) }
 
 // Replace gives the small file at path the contents data, whole or not at all,
 // and such that a power cut does not take it back.

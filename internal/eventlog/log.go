@@ -166,7 +166,7 @@ func open(opts Options) (*Log, *Recovery, error) {
 	if opts.Recent == 0 {
 		opts.Recent = 8 << 20
 	}
-	if err := makeDir(opts.FS, opts.Dir); err != nil {
+	if err := MakeDir(opts.FS, opts.Dir); err != nil {
 		return nil, nil, fmt.Errorf("creating the log's directory: %w", err)
 	}
 	l := &Log{

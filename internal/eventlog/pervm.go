@@ -118,7 +118,7 @@ func openPerVM(l *Log, opts PerVMOptions) (p *perVM, err error) {
 		p.ids.window = opts.idWindow
 	}
 	for _, dir := range []string{opts.Dir, opts.IDDir, filepath.Dir(opts.PositionFile)} {
-		if err := makeDir(l.opts.FS, dir); err != nil {
+		if err := MakeDir(l.opts.FS, dir); err != nil {
 			return nil, err
 		}
 	}

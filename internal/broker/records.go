@@ -54,6 +54,11 @@ type recorder struct {
 	due     map[string]struct{}
 	present bool // who is reachable has changed
 	dropped int
+
+	// Of who writes: see note.
+	failed  int   // writes since the journal was told
+	failure error // of the last of them
+	told    time.Time
 }
 
 func openRecorder(dir string, table *presence.Table, log *logrus.Logger) (*recorder, error) {
@@ -198,17 +203,28 @@ func (r *recorder) append(files [2]*rotated, e event) error {
 	return errors.Join(files[0].write(lines[0]), files[1].write(lines[1]))
 }
 
-// note logs an error of the files, and how many events a full queue cost.
+// note takes in how a file was written, and tells the journal of what was not: at most
+// once in limitLogInterval, since a full disk refuses the files of ten thousand VMs one
+// by one.
 func (r *recorder) note(err error) {
+	if err != nil {
+		r.failed++
+		r.failure = err
+	}
+	if !r.told.IsZero() && time.Since(r.told) < limitLogInterval {
+		return
+	}
 	r.mu.Lock()
 	dropped := r.dropped
 	r.dropped = 0
 	r.mu.Unlock()
-	if err != nil {
-		logging.HandshakesNotRecorded.On(r.log).WithError(err).Error("cannot record handshakes")
+	if r.failed > 0 {
+		logging.HandshakesNotRecorded.On(r.log).WithError(r.failure).WithField("count", r.failed).Error("cannot record handshakes")
+		r.failed, r.told = 0, time.Now()
 	}
 	if dropped > 0 {
 		logging.HandshakesNotRecorded.On(r.log).WithField("count", dropped).Warn("handshakes were not recorded: the disk is too slow")
+		r.told = time.Now()
 	}
 }
 

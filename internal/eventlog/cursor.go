@@ -47,6 +47,27 @@ type Damage struct {
 	Offset int64 // bytes from the file's beginning
 }
 
+// maxDamages bounds how many damaged places are remembered, so as to tell of each once.
+const maxDamages = 256
+
+// tellOnce is tell, once for each of the first maxDamages places: all readers of a log,
+// however many and however often, come upon the same ones.
+func tellOnce(tell func(Damage)) func(Damage) {
+	var mu sync.Mutex
+	told := make(map[Damage]bool)
+	return func(d Damage) {
+		mu.Lock()
+		news := !told[d] && len(told) < maxDamages
+		if news {
+			told[d] = true
+		}
+		mu.Unlock()
+		if news {
+			tell(d)
+		}
+	}
+}
+
 // read gives the next record with a number of at least c.next, io.EOF where
 // nothing more is committed just now. rec is valid until the next call.
 func (c *cursor) read(rec *Record) error {

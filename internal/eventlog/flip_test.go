@@ -26,11 +26,11 @@ func TestFlippedBitAnywhere(t *testing.T) {
 	owner := o.PerVM.Owner
 	disk := newSimDisk(rand.New(rand.NewPCG(1, 1)))
 	o.FS, o.PerVM, o.SegmentSize, o.Recent = disk, nil, size, 1
-	var told Damage
-	o.OnDamage = func(d Damage) { told = d }
 	l := mustOpen(t, o)
 	defer mustClose(t, l)
-	next := uint64(0) // the first record of the segment behind the one under test
+	var told Damage
+	l.opts.OnDamage = func(d Damage) { told = d } // each time, where a log tells of a place once
+	next := uint64(0)                             // the first record of the segment behind the one under test
 	for pad := 0; len(l.stream.snapshot()) < 2; pad++ {
 		// Records of all lengths, the sealed segment as full as it gets.
 		next = publish(t, l, "web1", "t", strconv.Itoa(pad), `"`+strings.Repeat("é", 100+pad%400)+`"`)

@@ -93,8 +93,8 @@ type Options struct {
 	OnState func(State)
 	// OnError is told of what went wrong without anything being refused.
 	OnError func(error)
-	// OnDamage is called for every damaged place that a reader or the start-up
-	// comes upon, each time it does.
+	// OnDamage is called, by whoever reads, for each of the first 256 damaged places that
+	// readers come upon, once; [Verify] finds all of them.
 	OnDamage func(Damage)
 }
 
@@ -165,6 +165,9 @@ func open(opts Options) (*Log, *Recovery, error) {
 	}
 	if opts.Recent == 0 {
 		opts.Recent = 8 << 20
+	}
+	if opts.OnDamage != nil {
+		opts.OnDamage = tellOnce(opts.OnDamage)
 	}
 	if err := MakeDir(opts.FS, opts.Dir); err != nil {
 		return nil, nil, fmt.Errorf("creating the log's directory: %w", err)

@@ -117,6 +117,42 @@ func TestTornTailOnFullDisk(t *testing.T) {
 	mustClose(t, l)
 }
 
+// However many readers come upon a damaged place, and however often, it is told of
+// once: a guest that replays again and again must not fill the journal.
+func TestDamageIsToldOnce(t *testing.T) {
+	o, path, data := logOf(t, 5)
+	lines := bytes.SplitAfter(data, []byte("\n"))
+	for _, at := range []int{len(lines[0]), len(lines[0]) + len(lines[1]) + len(lines[2])} {
+		data[at+len(crcPrefix)] ^= 1
+	}
+	if err := os.WriteFile(path, data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	told := make(map[int64]int)
+	o.OnDamage = func(d Damage) { told[d.Offset]++ }
+	l := mustOpen(t, o)
+	defer mustClose(t, l)
+	for range 3 {
+		r := l.NewReader(1)
+		for r.Position() <= 5 {
+			var gap *Gap
+			if _, err := r.Next(new(Record)); err != nil && !errors.As(err, &gap) {
+				t.Fatal(err)
+			}
+		}
+		r.Close()
+	}
+	if len(told) != 2 || told[int64(len(lines[0]))] != 1 {
+		t.Errorf("told how often, by offset: %v; want two places, once each", told)
+	}
+	for i := range 2 * maxDamages { // nor does what is remembered grow with what is damaged
+		l.opts.OnDamage(Damage{File: path, Offset: int64(1e6 + i)})
+	}
+	if len(told) != maxDamages {
+		t.Errorf("%d places were told of, want %d", len(told), maxDamages)
+	}
+}
+
 // A flipped bit anywhere in a sealed record is found, told of, and served as a
 // gap; the rest is served.
 func TestFlippedBits(t *testing.T) {

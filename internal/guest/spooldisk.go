@@ -8,7 +8,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"sync"
 	"syscall"
 	"time"
 
@@ -45,13 +44,7 @@ type disk struct {
 	released uint64  // likewise
 
 	failing bool // of the loader: said, and not yet over
-
-	mu      sync.Mutex
-	damages map[eventlog.Damage]bool // said; at most maxDamages
 }
-
-// maxDamages bounds what is remembered of damage, so as to say it once.
-const maxDamages = 256
 
 // diskOptions are what a spool on disk needs.
 type diskOptions struct {
@@ -72,7 +65,7 @@ func openDisk(opts diskOptions) (*disk, error) {
 	if err != nil {
 		return nil, err
 	}
-	d := &disk{fs: opts.fs, dir: filepath.Join(opts.dir, opts.vm), vm: opts.vm, lock: lock, logger: opts.log, damages: make(map[eventlog.Damage]bool)}
+	d := &disk{fs: opts.fs, dir: filepath.Join(opts.dir, opts.vm), vm: opts.vm, lock: lock, logger: opts.log}
 	other, err := d.open(opts.size)
 	if err == nil && other != "" {
 		// Sent as this VM's they would be a lie, and deleted they would be lost.
@@ -308,17 +301,9 @@ func (d *disk) works() {
 	d.failing = false
 }
 
-// damaged tells of a place on disk where a record should be, once.
+// damaged tells of a place on disk where a record should be.
 func (d *disk) damaged(at eventlog.Damage) {
-	d.mu.Lock()
-	said := d.damages[at]
-	if len(d.damages) < maxDamages {
-		d.damages[at] = true
-	}
-	d.mu.Unlock()
-	if !said {
-		logging.SpoolDamaged.On(d.logger).WithFields(logrus.Fields{"file": at.File, "offset": at.Offset}).Error("the spool is damaged here; what is readable behind it is sent")
-	}
+	logging.SpoolDamaged.On(d.logger).WithFields(logrus.Fields{"file": at.File, "offset": at.Offset}).Error("the spool is damaged here; what is readable behind it is sent")
 }
 
 // lost tells of records that their publishers were told are kept.

@@ -7,7 +7,6 @@ import (
 	"math/rand/v2"
 	"net"
 	"os"
-	"strings"
 	"sync"
 	"time"
 
@@ -20,11 +19,11 @@ import (
 const (
 	// dialTimeout bounds the wait for a host that answers nothing at all.
 	dialTimeout = 10 * time.Second
-	// retryMin and retryMax are between which attempts to reach the host are spaced.
+	// Attempts to reach the host are retryMin to retryMax apart.
 	retryMin = time.Second
+	retryMax = 30 * time.Second
 	// returnWithin spreads the guests of a host whose castrad was killed.
 	returnWithin = time.Second
-	retryMax     = 30 * time.Second
 	// lastedFor is from when on a session counts as one that worked: its end is
 	// news, and not the same trouble again, so the next attempt need not wait long.
 	lastedFor = 10 * time.Second
@@ -302,7 +301,7 @@ func plain(err error) error {
 	if call, ok := errors.AsType[*os.SyscallError](err); ok {
 		err = call.Err
 	}
-	if errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, context.DeadlineExceeded) || strings.HasSuffix(err.Error(), "i/o timeout") {
+	if late, ok := errors.AsType[net.Error](err); ok && late.Timeout() {
 		return errTimedOut
 	}
 	return err

@@ -2,16 +2,15 @@ package guestdcmd
 
 import (
 	"bytes"
-	"encoding/base64"
 	"errors"
 	"fmt"
 	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
-	"strings"
 
 	"github.com/castrabus/castra/internal/config"
+	vms "github.com/castrabus/castra/internal/identity"
 	"github.com/castrabus/castra/internal/wire"
 )
 
@@ -21,13 +20,6 @@ const (
 	credentialBroker = "castra.broker"
 	credentialKey    = "castra.key"
 )
-
-// keySize is a VM's key in bytes (contract 2).
-const keySize = 32
-
-// keyLine is how castractl writes a key for QEMU: an SMBIOS string that systemd makes
-// a credential of.
-const keyLine = "io.systemd.credential.binary:" + credentialKey + "="
 
 // identity is who this guest is and whom it talks to.
 type identity struct {
@@ -108,23 +100,9 @@ func (e environment) key(cfg config.Guest) ([]byte, error) {
 	} else if len(raw) == 0 {
 		return nil, nil
 	}
-	key, err := parseKey(raw)
+	key, err := vms.ParseKey(raw)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", from, err)
-	}
-	return key, nil
-}
-
-// parseKey takes a key as 32 bytes, as their base64, or as the line that castractl
-// writes. What it was given is never part of the error.
-func parseKey(raw []byte) ([]byte, error) {
-	if len(raw) == keySize {
-		return raw, nil
-	}
-	text := strings.TrimPrefix(string(bytes.TrimSpace(raw)), keyLine)
-	key, err := base64.StdEncoding.DecodeString(text)
-	if err != nil || len(key) != keySize {
-		return nil, fmt.Errorf("holds no key: neither %d bytes, nor their base64, nor what castractl vm add wrote", keySize)
 	}
 	return key, nil
 }

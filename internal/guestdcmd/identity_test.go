@@ -10,8 +10,12 @@ import (
 	"testing"
 
 	"github.com/castrabus/castra/internal/config"
+	vms "github.com/castrabus/castra/internal/identity"
 	"github.com/castrabus/castra/internal/wire"
 )
+
+// keyLine is what stands before the key in the file that castractl writes.
+const keyLine = "io.systemd.credential.binary:castra.key="
 
 func TestResolve(t *testing.T) {
 	key := append(bytes.Repeat([]byte{'k'}, 31), '\n') // raw bytes may look like text
@@ -99,9 +103,9 @@ func TestResolveMissingKeyFile(t *testing.T) {
 
 // FuzzCredentials reads whatever bytes as what the host hands over.
 func FuzzCredentials(f *testing.F) {
-	encoded := base64.StdEncoding.EncodeToString(bytes.Repeat([]byte{'k'}, keySize))
+	encoded := base64.StdEncoding.EncodeToString(bytes.Repeat([]byte{'k'}, vms.KeySize))
 	for _, c := range [][3]string{
-		{"web1", "10.0.2.2:7070", encoded}, {"host\n", "h:", keyLine + encoded + "\n"}, {"../x", "[::1]:1", keyLine}, {"", "", ""}, {"\xff", ":1", strings.Repeat("k", keySize)},
+		{"web1", "10.0.2.2:7070", encoded}, {"host\n", "h:", keyLine + encoded + "\n"}, {"../x", "[::1]:1", keyLine}, {"", "", ""}, {"\xff", ":1", strings.Repeat("k", vms.KeySize)},
 	} {
 		f.Add([]byte(c[0]), []byte(c[1]), []byte(c[2]))
 	}
@@ -120,7 +124,7 @@ func FuzzCredentials(f *testing.F) {
 			}
 			return
 		}
-		if !wire.ValidName(id.name) || wire.Reserved(id.name) || id.key != nil && len(id.key) != keySize || (id.key == nil) != (len(key) == 0) || !strings.Contains(id.address, ":") {
+		if !wire.ValidName(id.name) || wire.Reserved(id.name) || id.key != nil && len(id.key) != vms.KeySize || (id.key == nil) != (len(key) == 0) || !strings.Contains(id.address, ":") {
 			t.Errorf("%q, %q, %q is %+v", vm, broker, key, id)
 		}
 	})

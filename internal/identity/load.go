@@ -136,7 +136,11 @@ func ParseKey(data []byte) ([]byte, error) {
 	if len(data) == KeySize {
 		return data, nil
 	}
-	return decodeKey(strings.TrimPrefix(strings.TrimSpace(string(data)), smbiosPrefix))
+	key, err := decodeKey(strings.TrimPrefix(strings.TrimSpace(string(data)), smbiosPrefix))
+	if err != nil {
+		return nil, fmt.Errorf("holds no key: neither %d bytes, nor their base64, nor what castractl vm add wrote", KeySize)
+	}
+	return key, nil
 }
 
 func decodeKey(text string) ([]byte, error) {

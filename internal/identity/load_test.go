@@ -140,7 +140,7 @@ func TestDropIns(t *testing.T) {
 		{"short", "key = \"AAAA\"\n", "key: it is not the base64", nil},
 		{"nofile", "key_file = \"keys/nofile\"\n", "no such file", nil},
 		{"dirfile", "key_file = \"keys\"\n", "no regular file", nil},
-		{"shortfile", "key_file = \"keys/short\"\n", "key_file: it is not the base64", nil},
+		{"shortfile", "key_file = \"keys/short\"\n", "key_file: holds no key", nil},
 		{"forward", "no_key = true\nforwards = [\"tcp:1\"]\n", "tcp:HOSTPORT:GUESTPORT", nil},
 		{"taken", "no_key = true\nforwards = [\"tcp:1:2\"]\n", "leads to inline already", nil},
 		{"host", "no_key = true\n", "host's own", nil},

@@ -194,7 +194,7 @@ func (b *Broker) openLog() error {
 			IDDir:        filepath.Join(o.StateDir, "ids"),
 			PositionFile: filepath.Join(o.StateDir, "vm-streams.json"),
 			SegmentSize:  max(64<<10, o.VMRetention/vmSegments), Retention: o.VMRetention, MaxAge: o.RetentionAge,
-			Sender: bus.HostVM, Owner: topicOwner, Share: b.share,
+			Sender: bus.HostVM, Owner: wire.TopicVM[[]byte], Share: b.share,
 			OnOversize: func(vm string) {
 				b.bite(limitVMBytes, vm, "", session.TroubleQueueFull, session.ActionThrottle, "the stream of this VM is full, its oldest records went")
 			},
@@ -223,11 +223,6 @@ func (b *Broker) openLog() error {
 			Warn("an unfinished write was cut off the event log; nothing in it had been acknowledged")
 	}
 	return nil
-}
-
-func topicOwner(topic []byte) ([]byte, bool) {
-	name, ok := wire.TopicVM(string(topic))
-	return []byte(name), ok
 }
 
 // Configure changes the settings of a running broker and reads the registry

@@ -285,8 +285,8 @@ func (b *Broker) Visible(vm string) func(*eventlog.Record) bool {
 		if b.audible(rec) {
 			return true
 		}
-		owner, ok := wire.TopicVM(string(rec.Topic))
-		return ok && owner == vm
+		owner, ok := wire.TopicVM(rec.Topic)
+		return ok && string(owner) == vm
 	}
 }
 

@@ -168,7 +168,7 @@ func tailFilter(req bus.TailRequest) (func(*eventlog.Record) bool, error) {
 	}
 	return func(rec *eventlog.Record) bool {
 		if req.VM != "" && string(rec.VM) != req.VM {
-			if owner, ok := wire.TopicVM(string(rec.Topic)); !ok || owner != req.VM {
+			if owner, ok := wire.TopicVM(rec.Topic); !ok || string(owner) != req.VM {
 				return false
 			}
 		}

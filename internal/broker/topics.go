@@ -87,7 +87,7 @@ func (x *index) notify(rec *eventlog.Record, audible bool) {
 			x.woken = append(x.woken, sub.Session())
 		}
 	}
-	_, owned := wire.TopicVM(string(rec.Topic))
+	_, owned := wire.TopicVM(rec.Topic)
 	if !audible && !owned {
 		return
 	}

@@ -8,7 +8,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -81,7 +80,7 @@ func (f *Factory) runVerify(logDir string, asJSON bool) error {
 	damaged := make(map[string]bool)
 	sum, err := eventlog.Verify(eventlog.VerifyOptions{
 		Dir: filepath.Join(logDir, "bus", "host"), VMDir: filepath.Join(logDir, "bus", "vm"),
-		Sender: bus.HostVM, Owner: topicOwner,
+		Sender: bus.HostVM, Owner: wire.TopicVM[[]byte],
 	}, func(found eventlog.Finding) {
 		if found.Damage {
 			damaged[found.File] = true
@@ -134,13 +133,4 @@ func (f *Factory) writeFinding(w *bufio.Writer, found *eventlog.Finding, asJSON 
 	}
 	_, err := fmt.Fprintf(w, "%s %s:%d: %s: %s\n", f.IO.paint(look, head+":"), escape(found.File), found.Offset, found.Kind, escape(found.What))
 	return err
-}
-
-// topicOwner gives the VM whose topic it is.
-func topicOwner(topic []byte) ([]byte, bool) {
-	if !strings.HasPrefix(string(topic), "vm:") { // nearly all: without an allocation
-		return nil, false
-	}
-	name, ok := wire.TopicVM(string(topic))
-	return []byte(name), ok
 }

@@ -268,7 +268,7 @@ func (s *Session) publish(w *workspace) {
 		a.Code, a.Reason = string(code), fmt.Sprintf(format, args...)
 		w.acks = append(w.acks, reply{ack: a, entry: -1})
 	}
-	switch owner, owned := wire.TopicVM(string(topic)); {
+	switch owner, owned := wire.TopicVM(topic); {
 	case m.TooLarge:
 		refuse(bus.CodeTooLarge, "a payload takes at most %d bytes without white space", wire.MaxPayload)
 		return
@@ -278,7 +278,7 @@ func (s *Session) publish(w *workspace) {
 	case m.Reply != nil && !wire.ValidTopic(m.Reply):
 		refuse(bus.CodeBadTopic, "reply %q is no topic", wire.Clip(m.Reply))
 		return
-	case owned && owner != s.vm:
+	case owned && string(owner) != s.vm:
 		refuse(bus.CodeForbidden, "topic %s belongs to another VM", topic)
 		return
 	case brokersOwn(topic):

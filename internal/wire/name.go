@@ -74,29 +74,24 @@ func ValidTopic[T string | []byte](t T) bool {
 	if len(t) == 0 || len(t) > MaxTopic || !all(t, inTopic) {
 		return false
 	}
-	if len(t) < len(vmPrefix) || string(t[:len(vmPrefix)]) != vmPrefix {
-		return true
-	}
-	name := t[len(vmPrefix):]
-	for i := range len(name) {
-		if name[i] == '/' {
-			return i+1 < len(name) && validName(name[:i], MaxName)
-		}
-	}
-	return validName(name, MaxName)
+	name, owned := TopicVM(t)
+	endsInSlash := len(t) == len(vmPrefix)+len(name)+len("/")
+	return !owned || len(name) > 0 && !endsInSlash
 }
 
 // TopicVM gives the VM to which a "vm:" topic or pattern belongs, and whether it
 // is one at all. The name is empty where it is no VM's, as in the pattern "vm:*":
 // such a topic belongs to no VM alone.
-func TopicVM(topic string) (name string, ok bool) {
-	rest, ok := strings.CutPrefix(topic, vmPrefix)
-	if !ok {
-		return "", false
+func TopicVM[T string | []byte](topic T) (name T, ok bool) {
+	if len(topic) < len(vmPrefix) || string(topic[:len(vmPrefix)]) != vmPrefix {
+		return name, false
 	}
-	name, _, _ = strings.Cut(rest, "/")
-	if !ValidName(name) {
-		return "", true
+	rest, end := topic[len(vmPrefix):], 0
+	for end < len(rest) && rest[end] != '/' {
+		end++
 	}
-	return name, true
+	if !validName(rest[:end], MaxName) {
+		return name, true
+	}
+	return rest[:end], true
 }

@@ -50,7 +50,7 @@ func (b *Broker) announce() {
 			b.records.presence()
 		}
 		if b.publishPresence(&a); len(a.pending) > 0 {
-			a.pending = mergeChanges(a.pending)
+			a.pending = presence.MergeChanges(a.pending)
 			retry.Reset(announceRetry)
 		}
 		for _, name := range touched {
@@ -132,21 +132,6 @@ func presenceEntry(c presence.Change) eventlog.Entry {
 	payload = wire.AppendString(append(payload, `,"state":`...), state)
 	payload = append(wire.AppendString(append(payload, `,"reason":`...), c.Reason), '}')
 	return eventlog.Entry{VM: bus.HostVM, Topic: []byte(presenceTopic), Payload: payload}
-}
-
-// mergeChanges keeps the newest change of each VM, in order.
-func mergeChanges(changes []presence.Change) []presence.Change {
-	newest := make(map[string]int)
-	for i, c := range changes {
-		newest[c.VM] = i
-	}
-	kept := changes[:0]
-	for i, c := range changes {
-		if newest[c.VM] == i {
-			kept = append(kept, c)
-		}
-	}
-	return kept
 }
 
 // watchers are those who want to be told of every change a person would watch.

@@ -159,7 +159,7 @@ func (t *Table) set(v *VM, reachable bool, reason string) {
 	}
 	v.reachable = reachable
 	if len(t.changes) >= maxChanges {
-		t.mergeChanges()
+		t.changes = MergeChanges(t.changes)
 	}
 	t.changes = append(t.changes, Change{VM: v.name, Reachable: reachable, Reason: reason})
 }
@@ -168,18 +168,19 @@ func (t *Table) set(v *VM, reachable bool, reason string) {
 // newest of each VM is kept.
 const maxChanges = 1 << 16
 
-func (t *Table) mergeChanges() {
-	newest := make(map[string]int, len(t.vms))
-	for i, c := range t.changes {
+// MergeChanges keeps the newest change of each VM, in order. It uses the slice's room.
+func MergeChanges(changes []Change) []Change {
+	newest := make(map[string]int)
+	for i, c := range changes {
 		newest[c.VM] = i
 	}
-	kept := t.changes[:0]
-	for i, c := range t.changes {
+	kept := changes[:0]
+	for i, c := range changes {
 		if newest[c.VM] == i {
 			kept = append(kept, c)
 		}
 	}
-	t.changes = kept
+	return kept
 }
 
 // Know makes an entry for a registered VM, so that it shows before it was ever

@@ -51,9 +51,7 @@ func (b *Broker) accept(l *listener) {
 					pause = acceptPause / 20
 				}
 			}
-			select {
-			case <-time.After(pause):
-			case <-b.ctx.Done():
+			if sleep(b.ctx, pause); b.ctx.Err() != nil {
 				return
 			}
 		}

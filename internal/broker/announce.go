@@ -188,7 +188,5 @@ func (b *Broker) tellWatchers(touched []string) {
 			fn(bus.VM{VM: name}, removed)
 		}
 	}
-	ctx, cancel := context.WithTimeout(b.ctx2, watchInterval)
-	<-ctx.Done()
-	cancel()
+	sleep(b.ctx2, watchInterval)
 }

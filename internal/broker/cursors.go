@@ -253,12 +253,7 @@ func (c *cursors) run(ctx context.Context, note func(error)) {
 		select {
 		case <-retry:
 		case <-c.wake:
-			t := time.NewTimer(max(cursorGather, cursorDelay-time.Since(written)))
-			select {
-			case <-t.C:
-			case <-ctx.Done():
-				t.Stop()
-			}
+			sleep(ctx, max(cursorGather, cursorDelay-time.Since(written)))
 		case <-ctx.Done():
 		}
 		err := c.flush()

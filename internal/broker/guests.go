@@ -86,12 +86,7 @@ func (b *Broker) pace(ctx context.Context, vm string) session.Decision {
 // waited waits. Who could not be told any more that he is let in is not.
 func waited(ctx context.Context, wait time.Duration) session.Decision {
 	if wait > 0 {
-		t := time.NewTimer(wait)
-		defer t.Stop()
-		select {
-		case <-t.C:
-		case <-ctx.Done():
-		}
+		sleep(ctx, wait)
 	}
 	if ctx.Err() != nil {
 		return session.Decision{Refuse: wire.ReasonReadTimeout}

@@ -32,10 +32,9 @@ func (b *Broker) inherit(left []string) {
 	if b.opts.Inherit != nil {
 		began := time.Now()
 		sessions, err := b.resume(resumed)
-		switch {
-		case err != nil:
+		if err != nil {
 			logging.HandOverFailed.On(b.log).WithError(err).Error("what the castrad before handed over cannot be used; its guests connect anew")
-		default:
+		} else {
 			logging.SessionsTakenOver.On(b.log).WithFields(logrus.Fields{"count": sessions, "took": time.Since(began).String()}).Info("sessions taken over from the castrad before")
 		}
 	}

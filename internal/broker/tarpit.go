@@ -34,10 +34,14 @@ func (b *Broker) acceptable() { b.strangers.Spend(strangers, -1, time.Now()) }
 
 // tarpit holds the answer to a refused handshake back where there are many.
 func (b *Broker) tarpit(ctx context.Context) {
-	if b.refusals.Take(refusals, 0, time.Now()) == 0 {
-		return
+	if b.refusals.Take(refusals, 0, time.Now()) > 0 {
+		sleep(ctx, tarpitDelay)
 	}
-	t := time.NewTimer(tarpitDelay)
+}
+
+// sleep waits, not beyond ctx.
+func sleep(ctx context.Context, d time.Duration) {
+	t := time.NewTimer(d)
 	defer t.Stop()
 	select {
 	case <-t.C:

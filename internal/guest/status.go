@@ -174,13 +174,7 @@ func (w *watchers) run(ctx context.Context) {
 			shown = vm
 			w.tell(vm)
 		}
-		pause := time.NewTimer(noticeEvery)
-		select {
-		case <-pause.C:
-		case <-ctx.Done():
-			pause.Stop()
-			return
-		}
+		sleep(ctx, noticeEvery)
 	}
 }
 

@@ -63,7 +63,7 @@ func (s *Session) run(early []byte) {
 		end = &End{}
 		switch {
 		case errors.Is(err, io.EOF):
-		case errors.Is(err, wire.ErrProtocol), errors.Is(err, wire.ErrFrameSize):
+		case errors.Is(err, wire.ErrProtocol):
 			end = &End{Reason: TroubleProtocolError, Detail: err.Error()}
 		default:
 			end = &End{Reason: TroubleIOError, Detail: err.Error()}

@@ -50,6 +50,7 @@ var rules = map[string]rule{
 	"logging":   {layer: 0, uses: []string{logrus, goSystemd}},
 	"sdnotify":  {layer: 0, uses: []string{goSystemd, xsys}},
 	"statefile": {layer: 0, uses: []string{xsys}},
+	"token":     {layer: 0},
 	"wire":      {layer: 0},
 
 	// Below layer 2 nothing logs: errors and hooks tell those above.

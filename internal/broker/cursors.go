@@ -18,6 +18,7 @@ import (
 	"github.com/castrabus/castra/internal/logging"
 	"github.com/castrabus/castra/internal/session"
 	"github.com/castrabus/castra/internal/statefile"
+	"github.com/castrabus/castra/internal/token"
 	"github.com/castrabus/castra/internal/wire"
 )
 
@@ -238,10 +239,7 @@ func (c *cursors) move(sub *session.Subscription, seq uint64) {
 		}
 	}
 	c.mu.Unlock()
-	select {
-	case c.wake <- struct{}{}:
-	default:
-	}
+	token.Leave(c.wake)
 }
 
 // run writes what has moved until ctx is done, and then the rest. note is told how

@@ -9,6 +9,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/castrabus/castra/internal/token"
 )
 
 // A move after a pause is soon on disk; moves in a row are written once a second.
@@ -37,10 +39,7 @@ func TestCursorsAreWrittenSoon(t *testing.T) {
 			c.vms["g"].all["c"].Next = next
 			c.moved["g"] = struct{}{}
 			c.mu.Unlock()
-			select {
-			case c.wake <- struct{}{}:
-			default:
-			}
+			token.Leave(c.wake)
 		}
 		onDisk := func(want string) {
 			t.Helper()

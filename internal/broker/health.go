@@ -14,6 +14,7 @@ import (
 	"github.com/castrabus/castra/internal/bus"
 	"github.com/castrabus/castra/internal/eventlog"
 	"github.com/castrabus/castra/internal/logging"
+	"github.com/castrabus/castra/internal/token"
 )
 
 // part is what of the broker can fail by itself, the worst first.
@@ -96,10 +97,7 @@ func (b *Broker) note(p part, err error) {
 		w.broken.On(b.log).WithError(err).WithFields(logrus.Fields{"part": w.name, "reason": now.Cause}).
 			Errorf("degraded: %s%s: %s. To mend it: %s", w.state, now.Cause, w.effect, now.Advice)
 	}
-	select {
-	case h.changed <- struct{}{}:
-	default:
-	}
+	token.Leave(h.changed)
 }
 
 // pathOf gives the file that err is about, or one beside it.

@@ -19,6 +19,7 @@ import (
 	"github.com/castrabus/castra/internal/logging"
 	"github.com/castrabus/castra/internal/presence"
 	"github.com/castrabus/castra/internal/statefile"
+	"github.com/castrabus/castra/internal/token"
 	"github.com/castrabus/castra/internal/wire"
 )
 
@@ -93,7 +94,7 @@ func (r *recorder) handshake(vms ...string) {
 		r.due[vm] = struct{}{}
 	}
 	r.mu.Unlock()
-	r.poke()
+	token.Leave(r.wake)
 }
 
 // presence makes the list of those who are reachable due.
@@ -101,14 +102,7 @@ func (r *recorder) presence() {
 	r.mu.Lock()
 	r.present = true
 	r.mu.Unlock()
-	r.poke()
-}
-
-func (r *recorder) poke() {
-	select {
-	case r.wake <- struct{}{}:
-	default:
-	}
+	token.Leave(r.wake)
 }
 
 // reachableFile lists the VMs that were reachable, for a castrad that begins

@@ -8,6 +8,7 @@ import (
 	"github.com/castrabus/castra/internal/bus"
 	"github.com/castrabus/castra/internal/eventlog"
 	"github.com/castrabus/castra/internal/session"
+	"github.com/castrabus/castra/internal/token"
 	"github.com/castrabus/castra/internal/wire"
 )
 
@@ -161,9 +162,6 @@ func (w *waiters) wake() {
 		return
 	}
 	for _, ch := range *p {
-		select {
-		case ch <- struct{}{}:
-		default:
-		}
+		token.Leave(ch)
 	}
 }

@@ -29,6 +29,7 @@ import (
 	"github.com/castrabus/castra/internal/identity"
 	"github.com/castrabus/castra/internal/logging"
 	"github.com/castrabus/castra/internal/sdnotify"
+	"github.com/castrabus/castra/internal/token"
 )
 
 // statusInterval is how often at most the line in `systemctl status` is brought up to
@@ -365,12 +366,7 @@ func (d *daemon) keepStatus(ctx context.Context) {
 	}
 }
 
-func (d *daemon) statusChanged() {
-	select {
-	case d.changed <- struct{}{}:
-	default:
-	}
-}
+func (d *daemon) statusChanged() { token.Leave(d.changed) }
 
 func (d *daemon) statusLine() string {
 	sessions, reachable := d.broker.Counts()

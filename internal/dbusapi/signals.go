@@ -8,6 +8,7 @@ import (
 	"github.com/godbus/dbus/v5"
 
 	"github.com/castrabus/castra/internal/bus"
+	"github.com/castrabus/castra/internal/token"
 )
 
 // statusChunk is how many VMs are looked up at a time for signals.
@@ -33,10 +34,7 @@ func (d *dirtySet) mark(name string) {
 	}
 	d.mu.Unlock()
 	if wanted {
-		select {
-		case d.wakeUp <- struct{}{}:
-		default:
-		}
+		token.Leave(d.wakeUp)
 	}
 }
 

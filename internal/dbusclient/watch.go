@@ -8,6 +8,8 @@ import (
 	"sync"
 
 	"github.com/godbus/dbus/v5"
+
+	"github.com/castrabus/castra/internal/token"
 )
 
 // WatchVMs returns a channel that has something to receive when a VM may have
@@ -70,9 +72,6 @@ func (h *hub) DeliverSignal(_, member string, s *dbus.Signal) {
 	watches := slices.Collect(maps.Keys(h.watches))
 	h.mu.Unlock()
 	for _, ch := range watches {
-		select {
-		case ch <- struct{}{}:
-		default:
-		}
+		token.Leave(ch)
 	}
 }

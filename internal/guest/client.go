@@ -15,6 +15,7 @@ import (
 
 	"github.com/castrabus/castra/internal/bus"
 	"github.com/castrabus/castra/internal/logging"
+	"github.com/castrabus/castra/internal/token"
 	"github.com/castrabus/castra/internal/wire"
 )
 
@@ -230,12 +231,7 @@ func (c *client) complete(a *answer, r result) {
 }
 
 // nudge makes the writer look. It does not wait.
-func (c *client) nudge() {
-	select {
-	case c.wake <- struct{}{}:
-	default:
-	}
-}
+func (c *client) nudge() { token.Leave(c.wake) }
 
 // write writes what there is to write. It returns once ctx is done and nothing is
 // owed any more, or when the client does not read.

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/castrabus/castra/internal/eventlog"
+	"github.com/castrabus/castra/internal/token"
 )
 
 const (
@@ -28,12 +29,8 @@ const (
 
 // hungry makes the loader look. It does not wait.
 func (o *outbox) hungry() {
-	if o.disk == nil {
-		return
-	}
-	select {
-	case o.hunger <- struct{}{}:
-	default:
+	if o.disk != nil {
+		token.Leave(o.hunger)
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 
 	"github.com/castrabus/castra/internal/bus"
 	"github.com/castrabus/castra/internal/eventlog"
+	"github.com/castrabus/castra/internal/token"
 )
 
 const (
@@ -63,12 +64,7 @@ func refusalFrom(err error) *bus.Error {
 }
 
 // keep makes the keeper look. It does not wait.
-func (o *outbox) keep() {
-	select {
-	case o.kick <- struct{}{}:
-	default:
-	}
-}
+func (o *outbox) keep() { token.Leave(o.kick) }
 
 // write is records on their way to the disk.
 type write struct {

@@ -12,6 +12,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/castrabus/castra/internal/token"
 	"github.com/castrabus/castra/internal/wire"
 )
 
@@ -74,12 +75,7 @@ func (s *session) run(ctx context.Context) error {
 }
 
 // nudge makes the writer look for something to write. It does not wait.
-func (s *session) nudge() {
-	select {
-	case s.wake <- struct{}{}:
-	default:
-	}
-}
+func (s *session) nudge() { token.Leave(s.wake) }
 
 // write sends what is to be sent, the urgent before the bulk: heartbeats and what is
 // subscribed to do not wait for publishes that were spooled before them.

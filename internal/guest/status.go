@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/castrabus/castra/internal/bus"
+	"github.com/castrabus/castra/internal/token"
 )
 
 // Summary says in one line how things stand.
@@ -145,12 +146,7 @@ func (w *watchers) init(a *Agent) {
 }
 
 // note says that something has changed. It does not wait.
-func (w *watchers) note() {
-	select {
-	case w.dirty <- struct{}{}:
-	default:
-	}
-}
+func (w *watchers) note() { token.Leave(w.dirty) }
 
 // run tells of changes until ctx is done.
 func (w *watchers) run(ctx context.Context) {

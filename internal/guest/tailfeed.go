@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/castrabus/castra/internal/bus"
+	"github.com/castrabus/castra/internal/token"
 	"github.com/castrabus/castra/internal/wire"
 )
 
@@ -35,12 +36,7 @@ func (t *tail) fail(err *bus.Error) {
 	t.nudge()
 }
 
-func (t *tail) nudge() {
-	select {
-	case t.wake <- struct{}{}:
-	default:
-	}
-}
+func (t *tail) nudge() { token.Leave(t.wake) }
 
 // feedSink is the sink of a tail's feed.
 type feedSink struct {

@@ -14,6 +14,7 @@ import (
 
 	"github.com/castrabus/castra/internal/bus"
 	"github.com/castrabus/castra/internal/logging"
+	"github.com/castrabus/castra/internal/token"
 )
 
 const (
@@ -216,12 +217,8 @@ func (u *uplink) move(address string) {
 	same := u.state.address == address
 	u.state.address = address
 	u.mu.Unlock()
-	if same {
-		return
-	}
-	select {
-	case u.moved <- struct{}{}:
-	default:
+	if !same {
+		token.Leave(u.moved)
 	}
 }
 

@@ -22,6 +22,7 @@ import (
 	"github.com/castrabus/castra/internal/guest"
 	"github.com/castrabus/castra/internal/logging"
 	"github.com/castrabus/castra/internal/sdnotify"
+	"github.com/castrabus/castra/internal/token"
 	"github.com/castrabus/castra/internal/wire"
 )
 
@@ -217,12 +218,7 @@ func (d *daemon) busState(owned bool, err error) {
 }
 
 // stateChanged makes keepStatus look. It does not wait.
-func (d *daemon) stateChanged() {
-	select {
-	case d.changed <- struct{}{}:
-	default:
-	}
-}
+func (d *daemon) stateChanged() { token.Leave(d.changed) }
 
 // keepStatus keeps the line in `systemctl status` true.
 func (d *daemon) keepStatus(ctx context.Context) {

@@ -7,6 +7,8 @@ import (
 	"errors"
 	"sync"
 	"time"
+
+	"github.com/castrabus/castra/internal/token"
 )
 
 // Why a VM is in the state it is in.
@@ -86,12 +88,7 @@ func (t *Table) Configure(opts Options) {
 // now is the table's clock: monotonic, and never 0.
 func (t *Table) now() int64 { return max(1, int64(time.Since(t.began))) }
 
-func (t *Table) wake() {
-	select {
-	case t.Wake <- struct{}{}:
-	default:
-	}
-}
+func (t *Table) wake() { token.Leave(t.Wake) }
 
 // vm gives the entry for name, making one if need be, nil if there are too
 // many. Call with the lock held.

@@ -156,6 +156,12 @@ func (f *Factory) status(ctx context.Context, start Start, names []string) (bus.
 	return client.Describe(ctx, names...)
 }
 
+// broker asks the daemon about itself and of no VM: the empty name is nobody's.
+func (f *Factory) broker(ctx context.Context, start Start) (bus.Broker, error) {
+	st, err := f.status(ctx, start, []string{""})
+	return st.Broker, err
+}
+
 // interruptible is ctx, done too when the person presses Ctrl-C or the process
 // is told to end. Only commands that treat this as their natural end use it: the
 // others die of the signal, as a shell's loop around them expects.

@@ -177,9 +177,9 @@ func (f *Factory) noteLazy(ctx context.Context, seq uint64) {
 	if f.Quiet || seq == 0 {
 		return
 	}
-	st, err := f.status(ctx, NoStart, []string{""}) // nobody's name: of the VMs none is wanted
-	if err == nil && st.Broker.Kind != kindGuest && st.Broker.Sync != "" && st.Broker.Sync != "always" {
-		f.note("record %d is stored, but not durable yet: castrad's sync is %q, and a power cut may lose it", seq, st.Broker.Sync)
+	b, err := f.broker(ctx, NoStart)
+	if err == nil && b.Kind != kindGuest && b.Sync != "" && b.Sync != "always" {
+		f.note("record %d is stored, but not durable yet: castrad's sync is %q, and a power cut may lose it", seq, b.Sync)
 	}
 }
 

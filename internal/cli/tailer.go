@@ -66,14 +66,14 @@ func (t *tailer) resume(ctx context.Context) error {
 	if err != nil || seq == 0 {
 		return err
 	}
-	st, err := t.f.status(ctx, t.start, []string{""}) // nobody's name: of the VMs none is wanted
+	b, err := t.f.broker(ctx, t.start)
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
 	if err != nil {
 		return err
 	}
-	if head := st.Broker.HeadSeq; st.Broker.Kind != kindGuest && seq > head {
+	if head := b.HeadSeq; b.Kind != kindGuest && seq > head {
 		// The log was restored or begun anew. Waiting for that number to come round
 		// would hide every record until then.
 		t.f.note("%s notes record %d, but the newest is %d: going on with what is new", t.cursor.path, seq, head)
@@ -90,12 +90,12 @@ func (t *tailer) pin(ctx context.Context) error {
 	if r := &t.req; !r.Follow || r.Lines > 0 || r.All || r.From > 0 || !r.Since.IsZero() {
 		return nil
 	}
-	st, err := t.f.status(ctx, t.start, []string{""}) // nobody's name: of the VMs none is wanted
+	b, err := t.f.broker(ctx, t.start)
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
-	if err == nil && st.Broker.Kind != kindGuest {
-		t.beginAfter(st.Broker.HeadSeq)
+	if err == nil && b.Kind != kindGuest {
+		t.beginAfter(b.HeadSeq)
 	}
 	return err
 }

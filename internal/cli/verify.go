@@ -58,7 +58,7 @@ no damage.`,
 // findLogDir asks castrad where its records are. Where it does not run they are
 // looked for where they are by default: a host that is down is when this matters.
 func (f *Factory) findLogDir(cmd *cobra.Command) (string, error) {
-	st, err := f.status(cmd.Context(), NoStart, []string{""}) // nobody's name: of the VMs none is wanted
+	b, err := f.broker(cmd.Context(), NoStart)
 	switch {
 	case errors.Is(err, dbusclient.ErrNotRunning), errors.Is(err, dbusclient.ErrNoBus):
 		if _, err := os.Stat(filepath.Join(defaultLogDir, "bus")); errors.Is(err, fs.ErrNotExist) {
@@ -68,10 +68,10 @@ func (f *Factory) findLogDir(cmd *cobra.Command) (string, error) {
 		return defaultLogDir, nil
 	case err != nil:
 		return "", err
-	case st.Broker.LogDir == "":
+	case b.LogDir == "":
 		return "", usageError(cmd, "castra-guestd keeps no record; run this on the host, or name castrad's log_dir with --log-dir")
 	}
-	return st.Broker.LogDir, nil
+	return b.LogDir, nil
 }
 
 func (f *Factory) runVerify(logDir string, asJSON bool) error {

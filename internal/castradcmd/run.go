@@ -121,6 +121,25 @@ func (d *daemon) run() error {
 			return errors.Join(err, d.broker.Close())
 		}
 	}
+	d.begin(ctx, &work, listeners)
+	for sig := range signals {
+		if sig != syscall.SIGHUP {
+			break
+		}
+		d.reload()
+	}
+	signal.Stop(signals) // a second one ends what hangs
+	d.notify("STOPPING=1\nSTATUS=Ending")
+	cancel()
+	work.Wait()
+	api.Close()
+	d.handOver()
+	return d.broker.Close()
+}
+
+// begin serves guests and pages, and the service manager, until ctx is done. What that
+// takes is added to work.
+func (d *daemon) begin(ctx context.Context, work *sync.WaitGroup, listeners []net.Listener) {
 	for _, ln := range listeners {
 		d.broker.Serve(ln)
 		logging.Listening.On(d.log).WithField("addr", ln.Addr().String()).Info("listening for guests")
@@ -145,19 +164,6 @@ func (d *daemon) run() error {
 			sdnotify.RunWatchdog(ctx, interval, func(err error) { logging.WatchdogNotFed.On(d.log).WithError(err).Error("the watchdog is not fed") }, d.broker.Ping)
 		})
 	}
-	for sig := range signals {
-		if sig != syscall.SIGHUP {
-			break
-		}
-		d.reload()
-	}
-	signal.Stop(signals) // a second one ends what hangs
-	d.notify("STOPPING=1\nSTATUS=Ending")
-	cancel()
-	work.Wait()
-	api.Close()
-	d.handOver()
-	return d.broker.Close()
 }
 
 // warn logs what in the configuration is allowed and most likely not meant.

@@ -51,8 +51,8 @@ func (p *perVM) advance(position uint64) {
 	p.ids.advanced()
 }
 
-// filesHold tells up to which record the files hold all, and whether they have
-// ever gone further.
+// filesHold tells up to which record the files hold all, and whether that is all that
+// they have ever held: after a failed sync they are written anew from further back.
 func (p *perVM) filesHold() (upTo uint64, whole bool) {
 	upTo = p.position.Load()
 	return upTo, upTo >= p.furthest.Load()

@@ -20,9 +20,9 @@ type Tree interface {
 	Close() error
 }
 
-// wholeTrees are the file systems, by their magic numbers, of which
-// syncfs has been read to wait for the disk and to tell of errors. Others may only
-// hand the bytes on (FUSE), or tell nobody.
+// wholeTrees are the file systems, by their magic numbers, in whose sources syncfs waits
+// for the disk and returns its errors. Others may only hand the bytes on (FUSE), or tell
+// nobody.
 var wholeTrees = []int64{
 	unix.EXT4_SUPER_MAGIC, unix.XFS_SUPER_MAGIC, unix.BTRFS_SUPER_MAGIC, unix.F2FS_SUPER_MAGIC, unix.TMPFS_MAGIC,
 }

@@ -269,7 +269,7 @@ func (d *disk) close(patience time.Duration) {
 	select {
 	case err := <-closed:
 		if err != nil {
-			logging.SpoolDegraded.On(d.logger).WithError(err).Warn("closing the spool")
+			logging.SpoolDegraded.On(d.logger).WithError(err).Warn("the spool could not be closed in good order; the next start looks at its end again")
 		}
 	case <-late.C:
 		logging.SpoolDegraded.On(d.logger).Warn("the spool's disk does not answer; ending without it")
@@ -278,10 +278,9 @@ func (d *disk) close(patience time.Duration) {
 
 // state tells of how the disk takes writes.
 func (d *disk) state(s eventlog.State) {
-	switch {
-	case s.Degraded == "":
+	if s.Degraded == "" {
 		logging.SpoolRecovered.On(d.logger).Info("the spool's disk takes messages again")
-	default:
+	} else {
 		logging.SpoolDegraded.On(d.logger).WithFields(logrus.Fields{"state": s.Degraded, "reason": fmt.Sprint(s.Err), "directory": d.dir}).Error("the spool cannot be written; while the host is away, publishers are refused")
 	}
 }

@@ -200,8 +200,8 @@ func (s *Session) Enrol(guest Guest, f *Frozen) {
 	}
 }
 
-// Resume runs a session that was enrolled, and calls done when its connection is closed, which may be long
-// after it returns.
+// Resume runs a session that was enrolled, and calls done when its connection is closed,
+// which may be long after it returns.
 func (s *Session) Resume(done func()) {
 	go func() {
 		if err := s.release(nil); err != nil && !errors.Is(err, errEnded) {

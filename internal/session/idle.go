@@ -11,9 +11,9 @@ import (
 	"time"
 )
 
-// idleAfter is how long a session that publishes waits for its guest's next frame before it gives
-// its goroutine up: long beside the pauses of a guest that is at work, so that such
-// a one never pays for it, and short beside a heartbeat's interval.
+// idleAfter is how long a session that publishes waits for its guest's next frame before
+// it gives its goroutine up: longer than the pauses of a guest that is at work, which so
+// never pays for a new one, and shorter than a heartbeat's interval.
 const idleAfter = 2 * time.Second
 
 // Idle is where sessions wait that have nothing to do. A goroutine that waits in a
@@ -30,11 +30,12 @@ type Idle struct {
 	spots   uint64            // given out so far
 
 	// Those who serve what wakes take turns at waiting for it, see serve.
-	turn   chan struct{}           // room for the one token; closed when there are no more
-	over   chan error              // room for one: why nobody takes turns any more
-	spare  atomic.Int32            // how many wait for their turn
-	events [128]syscall.EpollEvent // of whose turn it is, as is
-	got    []syscall.EpollEvent    // those of events that are still to be served
+	turn  chan struct{} // room for the one token; closed when there are no more
+	over  chan error    // room for one: why nobody takes turns any more
+	spare atomic.Int32  // how many wait for their turn
+	// Of whose turn it is: what its last wait gave, and what of that is still to be served.
+	events [128]syscall.EpollEvent
+	got    []syscall.EpollEvent
 }
 
 // waiter is what waits: a session, or a handshake.
@@ -220,10 +221,10 @@ var (
 	errIdle    = errors.New("the session waits without a goroutine")
 )
 
-// pause is called before each wait for the guest, and lets a session go without a
-// goroutine that has not published for a while, or not since
-// it last went without. free tells that no part of a frame has come, heard that frames
-// were served just now. The error is errIdle, or errEnded.
+// pause is called before each wait for the guest. It takes the goroutine from a session
+// that has sent nothing for a while, or has not published since it last had none. free
+// tells that no part of a frame has come, heard that frames were served just now. The
+// error is errIdle where the goroutine is taken, and errEnded.
 func (s *Session) pause(free, heard bool) error {
 	now := time.Now()
 	if heard {

@@ -1,9 +1,9 @@
 // Package session serves one guest connection: the handshake, then frames in
 // and deliveries out.
 //
-// A session runs one goroutine, which reads; couriers, who serve all sessions,
-// deliver. The right to write to the connection is a token, and so
-// is the right to touch what the session is subscribed to.
+// A session has one goroutine, which reads, and none while there is nothing to read;
+// couriers, who serve all sessions, deliver. The right to write to the connection is a
+// token, and so is the right to touch what the session is subscribed to.
 package session
 
 import (

@@ -71,7 +71,7 @@ func Main(version string, args []string, stdout, stderr io.Writer) int {
 type daemon struct {
 	version string
 	path    string
-	cfg     config.Host
+	cfg     config.Host // as it was at the start; of a reload the broker has what can change
 	log     *logrus.Logger
 
 	stored *os.File // what the castrad before left; nil: nothing
@@ -92,7 +92,7 @@ func (d *daemon) run() error {
 	defer signal.Stop(signals)
 
 	noProfiles()
-	d.warn()
+	d.warn(d.cfg)
 	listeners, err := d.passed()
 	if err != nil {
 		return err
@@ -166,9 +166,9 @@ func (d *daemon) begin(ctx context.Context, work *sync.WaitGroup, listeners []ne
 	}
 }
 
-// warn logs what in the configuration is allowed and most likely not meant.
-func (d *daemon) warn() {
-	for _, w := range d.cfg.Warnings() {
+// warn logs what in a configuration is allowed and most likely not meant.
+func (d *daemon) warn(cfg config.Host) {
+	for _, w := range cfg.Warnings() {
 		logging.ConfigurationDoubtful.On(d.log).Warn("configuration: " + w)
 	}
 }
@@ -310,8 +310,7 @@ func (d *daemon) reload() {
 		logging.ConfigurationRefused.On(d.log).WithError(err).Error("the configuration is kept as it was")
 	} else {
 		d.noteRestart(cfg)
-		d.cfg = cfg
-		d.warn()
+		d.warn(cfg)
 		problems, err := d.broker.Configure(settings(cfg))
 		if err != nil {
 			logging.RegistrationIgnored.On(d.log).WithError(err).Error("the registry of VMs is kept as it was")

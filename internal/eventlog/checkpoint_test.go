@@ -1,9 +1,12 @@
 package eventlog
 
 import (
+	"errors"
 	"fmt"
+	"io/fs"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 )
 
@@ -95,4 +98,26 @@ func TestCheckpointTogether(t *testing.T) {
 			t.Error(err)
 		}
 	}
+}
+
+// A start that cannot read how far the streams are fails, and tells why.
+func TestUnreadablePosition(t *testing.T) {
+	o := testOptions(t.TempDir())
+	o.FS = badFileFS{OS, o.PerVM.PositionFile}
+	if _, _, err := Open(o); !errors.Is(err, syscall.EIO) {
+		t.Errorf("opening gives %v", err)
+	}
+}
+
+// badFileFS has one file that cannot be opened.
+type badFileFS struct {
+	FS
+	path string
+}
+
+func (b badFileFS) OpenFile(name string, flag int, perm fs.FileMode) (File, error) {
+	if name == b.path {
+		return nil, &fs.PathError{Op: "open", Path: name, Err: syscall.EIO}
+	}
+	return b.FS.OpenFile(name, flag, perm)
 }

@@ -102,11 +102,11 @@ type perVM struct {
 	quiet   time.Time // streams not known have not been written to since
 }
 
-func openPerVM(l *Log, opts PerVMOptions) (p *perVM, err error) {
+func openPerVM(l *Log, opts PerVMOptions) (_ *perVM, err error) {
 	if opts.together == 0 {
 		opts.together = syncTogether
 	}
-	p = &perVM{
+	p := &perVM{
 		log: l, opts: opts,
 		wake: make(chan struct{}, 1), quit: make(chan struct{}), done: make(chan struct{}),
 		forgettings: make(chan forgetting),

@@ -363,6 +363,61 @@ func TestFaultFull(t *testing.T) {
 	f.recovers("storage-full")
 }
 
+// After a power cut in the middle of a write, on a disk that is full: castrad starts,
+// serves what is there, and goes on by itself when somebody has made room.
+func TestFaultFullStart(t *testing.T) {
+	l := newLab(t)
+	l.mountSmall(4096)
+	l.loadedConfig("")
+	castrad := l.startCastrad("castrad")
+	f := &faultLab{lab: l, castrad: castrad, beats: new(atomic.Int64), load: l.publishing()}
+	f.load.goOn(1000)
+	if err := castrad.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	_ = castrad.Wait() // killed
+	segs, err := filepath.Glob(l.path("log/bus/host/*.jsonl"))
+	if err != nil || len(segs) == 0 {
+		t.Fatal(segs, err)
+	}
+	const torn = `{"crc":"01234567","seq":`
+	l.root("sh", "-c", `printf %s "$1" >>"$2"`, "sh", torn, segs[len(segs)-1])
+	// What was still to be copied needs room, too.
+	l.root("sh", "-c", `rm -r "$1"/bus/vm/* "$1"/state/ids/*`, "sh", l.path("log"))
+	l.root("rm", "-f", l.path("state/vm-streams.json"))
+	for range 3 { // what was removed is free when the journal says so
+		l.root("sync", "--file-system", l.path("log"))
+		l.root("sh", "-c", `! cat /dev/zero >>"$1" 2>"$2"`, "sh", l.path("log/ballast"), l.path("filled"))
+	}
+
+	f.castrad = l.startCastrad("castrad")
+	l.answers()
+	f.untilState("degraded: disk full")
+	f.advised("event-log", "disk full", "make room on the file system of "+f.path("")) // the tail's, or the ids'
+	f.heartbeats()
+	f.serves()
+	f.replays()
+	f.untilState("degraded: disk full") // still, and not now and then
+	if f.load.refusedWith("storage-full") == 0 {
+		t.Error("nothing was refused")
+	}
+	l.root("rm", l.path("log/ballast"))
+	f.load.goOn(1000)
+	f.untilState("running")
+	aside, err := os.ReadFile(segs[len(segs)-1] + ".cut-1")
+	if err != nil || string(aside) != torn {
+		t.Errorf("%q is kept aside, %v", aside, err)
+	}
+	f.untilFile("castrad.log", "an unfinished write was cut off")
+	f.load.finish()
+	f.serves()
+	f.replays()
+	f.quiet()
+	f.stop("castrad", f.castrad)
+	records := f.load.check()
+	t.Logf("%d records, %d acknowledged: none lost, none doubled", records, f.load.acked())
+}
+
 // There is room, and no inode is left for a file.
 func TestFaultInodes(t *testing.T) {
 	l := newLab(t)

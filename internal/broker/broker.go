@@ -206,6 +206,7 @@ func (b *Broker) openLog() error {
 		OnCommit: b.committed,
 		OnState:  func(s eventlog.State) { b.note(partLog, s.Err) },
 		OnError:  func(err error) { logging.ExpiryFailed.On(b.log).WithError(err).Warn("the event log cannot tidy up") },
+		OnCut:    b.wasCut,
 		OnDamage: func(d eventlog.Damage) {
 			logging.RecordDamaged.On(b.log).WithFields(logrus.Fields{"file": d.File, "offset": d.Offset}).
 				Error("a damaged record is passed over; its readers are told of a gap")
@@ -218,11 +219,15 @@ func (b *Broker) openLog() error {
 	for _, d := range rec.Damaged {
 		logging.RecordDamaged.On(b.log).WithFields(logrus.Fields{"file": d.File, "offset": d.Offset}).Error("the event log has a damaged record")
 	}
-	if c := rec.Cut; c != nil {
-		logging.WriteCutOff.On(b.log).WithFields(logrus.Fields{"file": c.File, "offset": c.Offset, "bytes": c.Bytes, "aside": c.Aside}).
-			Warn("an unfinished write was cut off the event log; nothing in it had been acknowledged")
+	if rec.Cut != nil {
+		b.wasCut(*rec.Cut)
 	}
 	return nil
+}
+
+func (b *Broker) wasCut(c eventlog.Cut) {
+	logging.WriteCutOff.On(b.log).WithFields(logrus.Fields{"file": c.File, "offset": c.Offset, "bytes": c.Bytes, "aside": c.Aside}).
+		Warn("an unfinished write was cut off the event log; nothing in it had been acknowledged")
 }
 
 // Configure changes the settings of a running broker and reads the registry

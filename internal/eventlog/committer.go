@@ -31,6 +31,7 @@ type committer struct {
 	failures  int    // writes failed since the last one that succeeded
 	lastError error  // of the newest failed write
 	held      bool   // a segment is kept only because the VMs' streams are behind
+	torn      *Cut   // an unfinished tail that there was no room to keep aside; nil: none
 
 	group  []*Batch
 	chunk  *chunk   // being filled

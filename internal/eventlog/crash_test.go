@@ -29,6 +29,9 @@ type crashLife struct {
 	opts   Options
 	faulty bool // the disk also fails while it has power
 	faults int  // so far
+	opened bool // it has been open before: its directories are there
+	full   bool // the disk has no room just now
+	inodes bool // nor for a file
 
 	log *Log
 
@@ -84,6 +87,7 @@ func newCrashLife(seed uint64) *crashLife {
 	c.opts.FS, c.opts.SegmentSize, c.opts.Retention, c.opts.Recent = c.disk, 2048, 10<<10, 4096
 	c.opts.PerVM.SegmentSize, c.opts.PerVM.Retention, c.opts.PerVM.idWindow = 1024, 4096, crashIDWindow
 	c.opts.PerVM.together = 1 + rng.IntN(len(crashVMs)) // one by one, or all at once
+	c.opts.OnCut = c.wasCut
 	c.opts.OnDamage = func(d Damage) { c.violated("damage at %d of %s", d.Offset, d.File) }
 	switch seed % crashKinds {
 	case crashFaulty:
@@ -101,6 +105,13 @@ func (c *crashLife) violated(format string, args ...any) {
 
 // fault notes what expires, and fails now and then.
 func (c *crashLife) fault(op, path string) error {
+	if c.full {
+		_, segment := segmentFirst(filepath.Base(path))
+		over := segment && filepath.Dir(path) == c.opts.Dir // recovery writes it over itself
+		if op == "mkdir" || op == "write" && !over || op == "create" && c.inodes {
+			return syscall.ENOSPC
+		}
+	}
 	if op == "remove" {
 		dir := filepath.Dir(path)
 		first, _ := segmentFirst(filepath.Base(path))
@@ -158,16 +169,18 @@ func (c *crashLife) run(steps int) (broken violation) {
 	}()
 	c.checkCut()
 	c.noteTail()
+	// Without one of the syncs it may be that only the full disk is in the way.
+	c.full, c.inodes = c.opened && c.disk.ignored == "" && c.rng.IntN(4) == 0, c.rng.IntN(2) == 0
 	l, rec, err := open(c.opts)
 	if err != nil {
 		c.violated("opening: %v", err)
 	}
+	c.opened = true
 	if rec.Cut != nil {
-		aside := c.contents(rec.Cut.Aside)
-		if !bytes.Equal(aside, c.tail[rec.Cut.Offset:]) {
-			c.violated("%d bytes were cut off, %d others kept aside", len(c.tail)-int(rec.Cut.Offset), len(aside))
-		}
-		c.asides = append(c.asides, bytes.Clone(aside))
+		c.wasCut(*rec.Cut)
+	}
+	if c.full {
+		c.makeRoom(l)
 	}
 	c.tail = nil
 	c.checkRecovered(l, rec)
@@ -181,6 +194,56 @@ func (c *crashLife) run(steps int) (broken violation) {
 		}
 	}
 	return ""
+}
+
+// makeRoom makes room on the disk after a start, which goes on then. Before it does, a
+// log that has found none takes nothing.
+func (c *crashLife) makeRoom(l *Log) {
+	p := l.perVM
+	for range c.rng.IntN(3) {
+		if l.c.file == nil {
+			l.retry()
+			_ = p.goOn()
+		}
+	}
+	late, torn, asides := l.c.file == nil, l.c.torn != nil, len(c.asides)
+	if late {
+		vm := crashVMs[c.rng.IntN(len(crashVMs))]
+		b := &Batch{done: make(chan struct{}, 1), Entries: []Entry{{VM: vm, Topic: []byte("t"), Payload: []byte(`"no-room"`)}}}
+		if used := c.ids[vm]; len(used) > 0 {
+			b.Entries[0].ID = []byte(used[len(used)-1].id)
+		}
+		if err := p.ids.acquire(context.Background(), b); err != nil {
+			c.violated("ids: %v", err)
+		}
+		l.commit(b)
+		if b.Entries[0].Err == nil {
+			c.violated("a record is taken, and there is no room")
+		}
+	}
+	c.full = false
+	if late {
+		if p.late() != nil {
+			if err := p.goOn(); err != nil {
+				c.violated("there is room, and still %v", err)
+			}
+		}
+		if l.retry(); l.State().Degraded != "" {
+			c.violated("there is room, and it is %+v", l.State())
+		}
+		if torn && len(c.asides) == asides {
+			c.violated("an unfinished tail is not kept aside when there is room")
+		}
+	}
+}
+
+// wasCut takes in that an unfinished tail was cut off.
+func (c *crashLife) wasCut(cut Cut) {
+	aside := c.contents(cut.Aside)
+	if !bytes.Equal(aside, c.tail[cut.Offset:]) {
+		c.violated("%d bytes were cut off, %d others kept aside", len(c.tail)-int(cut.Offset), len(aside))
+	}
+	c.asides = append(c.asides, bytes.Clone(aside))
 }
 
 // step does one thing with the log.

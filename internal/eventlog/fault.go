@@ -69,7 +69,11 @@ func (l *Log) writable() error {
 }
 
 func (l *Log) reopen() error {
-	if err := l.openNext(); err != nil {
+	err := l.settle()
+	if err == nil {
+		err = l.openNext()
+	}
+	if err != nil {
 		return l.fail(err)
 	}
 	return nil

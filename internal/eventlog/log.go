@@ -93,6 +93,9 @@ type Options struct {
 	OnState func(State)
 	// OnError is told of what went wrong without anything being refused.
 	OnError func(error)
+	// OnCut is called when an unfinished tail has been cut off that Open had no room
+	// to keep aside. Until then no record is taken.
+	OnCut func(Cut)
 	// OnDamage is called, by whoever reads, for each of the first 256 damaged places that
 	// readers come upon, once; [Verify] finds all of them.
 	OnDamage func(Damage)
@@ -196,6 +199,9 @@ func open(opts Options) (*Log, *Recovery, error) {
 	if opts.PerVM != nil {
 		if l.perVM, err = openPerVM(l, *opts.PerVM); err != nil {
 			return nil, nil, fmt.Errorf("opening the VMs' streams: %w", errors.Join(err, l.c.closeFile()))
+		}
+		if late := l.perVM.late(); late != nil {
+			_ = l.fail(late)
 		}
 	}
 	return l, rec, nil

@@ -80,6 +80,8 @@ type perVM struct {
 	// forgettings is unbuffered: who has sent one is answered.
 	forgettings chan forgetting
 
+	unbegun atomic.Pointer[error] // why begin has not succeeded yet; nil: it has
+
 	mu      sync.Mutex
 	streams map[string]*vmStream
 
@@ -90,6 +92,7 @@ type perVM struct {
 	unsynced []string // VMs whose files were written since the last checkpoint; one may be there twice
 	newDirs  bool     // there are VMs' directories whose names are not synced
 	newIDs   bool     // the same of files of ids
+	doubted  bool     // the files may hold what the host stream has lost
 	synced   uint64   // records up to here are durably in the files; may be beyond saved
 	lost     bool     // a sync has failed since then
 	failed   bool
@@ -144,21 +147,53 @@ func openPerVM(l *Log, opts PerVMOptions) (_ *perVM, err error) {
 	p.position.Store(position)
 	p.saved.Store(position)
 	p.synced = position
-	behind := saved.Lazy || saved.Seq > l.Committed() // the host stream may have come back with less than was copied
-	if behind {
+	p.furthest.Store(l.Committed()) // or ids might be looked up in files that are not whole yet
+	// A lazy log may have come back with less than was copied, and so may a disk that
+	// was restored.
+	p.doubted = saved.Lazy || l.Lazy() || saved.Seq > l.Committed()
+	if err = p.begin(); isFull(err) {
+		return p, nil // it is tried again, and the log takes nothing before
+	}
+	return p, err
+}
+
+// begin makes the files whole, as a crash may not have left them.
+func (p *perVM) begin() (err error) {
+	defer func() {
+		if err == nil {
+			p.unbegun.Store(nil)
+		} else {
+			p.unbegun.Store(&err)
+		}
+	}()
+	if p.doubted {
 		if err := p.loadAll(); err != nil {
-			return nil, err
+			return err
 		}
-	}
-	if behind || saved.Lazy != l.Lazy() {
+		// Before anything has a number again that was lost; and a log that has become
+		// lazy must be known to be.
 		if err := p.checkpoint(); err != nil {
-			return nil, err
+			return err
 		}
+		p.doubted = false
 	}
-	if err := p.copyNew(); err != nil { // the ids must be whole before the first publish
-		return nil, err
+	return p.copyNew() // the ids must be whole before the first publish
+}
+
+// late tells why the files are not whole yet; nil: they are.
+func (p *perVM) late() error {
+	if err := p.unbegun.Load(); err != nil {
+		return *err
 	}
-	return p, nil
+	return nil
+}
+
+// goOn copies what is new, and what the start could not.
+func (p *perVM) goOn() error {
+	if p.late() != nil {
+		return p.begin()
+	}
+	return p.copyNew()
 }
 
 // loadAll looks at every VM's files, so that nothing is left in them that the
@@ -230,6 +265,9 @@ func (p *perVM) run() {
 	sweep := time.NewTimer(0)
 	gather := stoppedTimer()
 	armed := false
+	if err := p.late(); err != nil {
+		p.note(err, retry)
+	}
 	wake := p.wake // nil while gathering: nobody is to be woken meanwhile
 	for {
 		select {
@@ -261,7 +299,10 @@ func (p *perVM) run() {
 		case <-p.quit:
 			return
 		}
-		p.note(p.copyNew(), retry)
+		p.note(p.goOn(), retry)
+		if p.late() != nil {
+			continue // a position saved now would be taken at its word
+		}
 		if p.since > checkpointBytes || p.wanted.Swap(false) {
 			p.note(p.checkpoint(), retry)
 		}
@@ -295,7 +336,7 @@ func (p *perVM) stop() {
 // finish copies what is left and makes it durable. The committer and the
 // goroutine have ended.
 func (p *perVM) finish() error {
-	err := p.copyNew()
+	err := p.goOn()
 	if err == nil {
 		err = p.checkpoint()
 	}

@@ -11,7 +11,8 @@ import (
 // Recovery tells what Open found.
 type Recovery struct {
 	Last uint64 // the newest record; 0: none
-	// Cut is the unfinished tail that a crash left, nil if there was none.
+	// Cut is the unfinished tail that a crash left, nil if there was none, or no
+	// room to keep it: then Options.OnCut tells of it.
 	Cut *Cut
 	// Damaged are the places in the newest segment where a record that was
 	// known durable cannot be read. They stay, and are served as gaps.
@@ -45,12 +46,19 @@ func (l *Log) recover() (*Recovery, error) {
 		return nil, err
 	}
 	t, err := scanTail(f, seg.size, seg.first)
+	var full error // there is no room to keep the tail aside
 	if err == nil {
 		for _, off := range t.damaged {
 			rec.Damaged = append(rec.Damaged, Damage{File: path, Offset: off})
 		}
 		if t.end < seg.size {
-			rec.Cut, err = l.cut(f, path, t.end, seg.size)
+			c := &Cut{Damage: Damage{File: path, Offset: t.end}, Bytes: seg.size - t.end}
+			switch err = l.cut(f, c); {
+			case err == nil:
+				rec.Cut = c
+			case isFull(err): // then it stays where it is, and nobody reads beyond t.end
+				l.c.torn, full, err = c, err, nil
+			}
 		}
 	}
 	// What a killed daemon wrote but had not synced is read back as if it were on
@@ -70,11 +78,39 @@ func (l *Log) recover() (*Recovery, error) {
 		return nil, errors.Join(err, f.Close())
 	}
 	l.stream.grown(t.end, seg.modified)
-	l.c.file, l.c.size, l.c.reserved, l.c.next = f, t.end, t.end, t.last+1
+	l.c.next = t.last + 1
 	l.committed.Store(t.last)
 	l.durable.Store(t.last)
 	rec.Last = t.last
+	if full != nil {
+		_ = l.fail(full)
+		return rec, f.Close()
+	}
+	l.c.file, l.c.size, l.c.reserved = f, t.end, t.end
 	return rec, nil
+}
+
+// settle does what the start had no room for. Nothing is taken in before: the next
+// segment may have the name of the one whose tail is still in it, and while the files
+// of ids are not whole a retry would be stored twice.
+func (l *Log) settle() error {
+	if torn := l.c.torn; torn != nil {
+		f, err := l.opts.FS.OpenFile(torn.File, os.O_RDWR, filePerm)
+		if err != nil {
+			return err
+		}
+		if err := errors.Join(l.cut(f, torn), f.Close()); err != nil {
+			return err
+		}
+		l.c.torn = nil
+		if l.opts.OnCut != nil {
+			l.opts.OnCut(*torn)
+		}
+	}
+	if l.perVM != nil {
+		return l.perVM.late()
+	}
+	return nil
 }
 
 // tail is what scanTail found.
@@ -148,37 +184,38 @@ func eachLine(f File, from, size int64, fn func(off int64, line []byte, whole bo
 	}
 }
 
-// cut moves the bytes from end on into a file beside the segment and makes
-// both durable, in this order, so that a crash in between loses nothing.
-func (l *Log) cut(f File, path string, end, size int64) (*Cut, error) {
-	aside, name, err := l.createAside(path)
+// cut moves the bytes of a tail into a file beside the segment f and makes both
+// durable, in this order, so that a crash in between loses nothing.
+func (l *Log) cut(f File, c *Cut) error {
+	aside, name, err := l.createAside(c.File)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	bufp := buffers.Get().(*[]byte)
 	defer buffers.Put(bufp)
-	for off := end; off < size && err == nil; {
+	for off := int64(0); off < c.Bytes && err == nil; {
 		var n int
-		n, err = f.ReadAt((*bufp)[:min(int64(len(*bufp)), size-off)], off)
+		n, err = f.ReadAt((*bufp)[:min(int64(len(*bufp)), c.Bytes-off)], c.Offset+off)
 		if n > 0 {
-			_, err = aside.WriteAt((*bufp)[:n], off-end)
+			_, err = aside.WriteAt((*bufp)[:n], off)
 			off += int64(n)
 		}
 	}
 	if err == nil {
 		err = aside.Sync()
 	}
-	if err = errors.Join(err, aside.Close()); err != nil {
-		// The segment has it all yet, and the next start makes another.
-		return nil, errors.Join(fmt.Errorf("keeping the unfinished tail in %s: %w", name, err), l.opts.FS.Remove(name))
+	if err = errors.Join(err, aside.Close()); err == nil {
+		err = l.opts.FS.SyncDir(l.opts.Dir)
 	}
-	if err := l.opts.FS.SyncDir(l.opts.Dir); err != nil {
-		return nil, err
+	if err == nil {
+		err = f.Truncate(c.Offset)
 	}
-	if err := f.Truncate(end); err != nil {
-		return nil, err
+	if err != nil {
+		// The segment has it all yet, and the next attempt makes another.
+		return errors.Join(fmt.Errorf("keeping the unfinished tail in %s: %w", name, err), l.opts.FS.Remove(name))
 	}
-	return &Cut{Damage: Damage{File: path, Offset: end}, Bytes: size - end, Aside: name}, nil
+	c.Aside = name
+	return nil
 }
 
 // rewrite writes the file's bytes from one offset to another over themselves.

@@ -160,7 +160,7 @@ func (v *verifier) settle() {
 		size, err := f.Size()
 		if err == nil && size == t.size {
 			v.tell(Finding{Kind: UnfinishedTail, File: t.file, Offset: t.off, Bytes: size - t.off},
-				"an unfinished write; nothing in it was acknowledged, and castrad cuts it off when it starts")
+				"an unfinished write; nothing in it was acknowledged, and castrad cuts it off when it starts, with room to keep it aside")
 		}
 		_ = f.Close() // opened for reading
 	}

@@ -114,6 +114,7 @@ func (d *disk) open(size int64) (other string, err error) {
 		OnError: func(err error) {
 			logging.SpoolDegraded.On(d.logger).WithError(err).Warn("the spool has trouble on disk")
 		},
+		OnCut:    d.wasCut,
 		OnDamage: d.damaged,
 	})
 	if err != nil {
@@ -147,7 +148,7 @@ func (d *disk) recover(rec *eventlog.Recovery) error {
 	kept := ""
 	if c := rec.Cut; c != nil {
 		kept = filepath.Base(c.Aside)
-		logging.WriteCutOff.On(d.logger).WithFields(logrus.Fields{"file": c.File, "offset": c.Offset, "bytes": c.Bytes, "kept": c.Aside}).Info("the spool ended in an unfinished write, of which nobody had been told; it was cut off and kept aside")
+		d.wasCut(*c)
 	}
 	entries, err := d.fs.ReadDir(d.dir)
 	if err != nil {
@@ -162,6 +163,10 @@ func (d *disk) recover(rec *eventlog.Recovery) error {
 	}
 	d.log.Release(released)
 	return nil
+}
+
+func (d *disk) wasCut(c eventlog.Cut) {
+	logging.WriteCutOff.On(d.logger).WithFields(logrus.Fields{"file": c.File, "offset": c.Offset, "bytes": c.Bytes, "kept": c.Aside}).Info("the spool ended in an unfinished write, of which nobody had been told; it was cut off and kept aside")
 }
 
 // scan reads what is not released, up to last.

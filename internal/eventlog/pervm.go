@@ -151,10 +151,8 @@ func openPerVM(l *Log, opts PerVMOptions) (_ *perVM, err error) {
 	// A lazy log may have come back with less than was copied, and so may a disk that
 	// was restored.
 	p.doubted = saved.Lazy || l.Lazy() || saved.Seq > l.Committed()
-	if err = p.begin(); isFull(err) {
-		return p, nil // it is tried again, and the log takes nothing before
-	}
-	return p, err
+	_ = p.begin() // else it is tried again, and the log takes nothing before
+	return p, nil
 }
 
 // begin makes the files whole, as a crash may not have left them.

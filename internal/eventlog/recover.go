@@ -90,7 +90,7 @@ func (l *Log) recover() (*Recovery, error) {
 	return rec, nil
 }
 
-// settle does what the start had no room for. Nothing is taken in before: the next
+// settle does what the start could not, most likely for want of room. Nothing is taken in before: the next
 // segment may have the name of the one whose tail is still in it, and while the files
 // of ids are not whole a retry would be stored twice.
 func (l *Log) settle() error {

@@ -253,6 +253,66 @@ func testStartOnFullDisk(t *testing.T, left string, inodes bool) {
 	}
 }
 
+// sickVMFS has one VM's directory that nothing can be made in while sick.
+type sickVMFS struct {
+	FS
+	dir  string
+	sick atomic.Bool
+}
+
+func (s *sickVMFS) Mkdir(name string, perm fs.FileMode) error {
+	if s.sick.Load() && name == s.dir {
+		return &fs.PathError{Op: "mkdir", Path: name, Err: syscall.EIO}
+	}
+	return s.FS.Mkdir(name, perm)
+}
+
+// A start that cannot write one VM's stream serves the others what is there, and goes
+// on by itself when it can.
+func TestStartWithoutOneVM(t *testing.T) { synctest.Test(t, testStartWithoutOneVM) }
+
+func testStartWithoutOneVM(t *testing.T) {
+	o := testOptions("/log")
+	disk := &sickVMFS{FS: &sharedFS{FS: newSimDisk(rand.New(rand.NewPCG(1, 1)))}, dir: filepath.Join(o.PerVM.Dir, "web2")}
+	o.FS = disk
+	var told []error
+	o.PerVM.OnError = func(err error) { told = append(told, err) }
+	l := mustOpen(t, o)
+	publish(t, l, "web1", "t", "a", "1")
+	mustClose(t, l)
+	disk.sick.Store(true)
+	l = mustOpen(t, o)
+	publish(t, l, "web2", "t", "b", "1") // and castrad is killed before it is copied
+	closed := l.Close()
+	if !errors.Is(closed, syscall.EIO) {
+		t.Fatal(closed)
+	}
+	told = nil
+	l = mustOpen(t, o)
+	defer mustClose(t, l)
+	time.Sleep(10 * retryInterval)
+	synctest.Wait()
+	if s := l.State(); s.Degraded != CauseDiskError || len(told) != 1 || !strings.Contains(told[0].Error(), "web2") {
+		t.Errorf("it is %+v, and told of %v", s, told)
+	}
+	for _, vm := range []string{"web1", "web2"} {
+		r, _ := readFirst(t, l, vm)
+		r.Close()
+	}
+	if _, refused := offer(t, l, "web1", "t", "", "1"); !errors.Is(refused, syscall.EIO) {
+		t.Errorf("refused with %v", refused)
+	}
+	disk.sick.Store(false)
+	time.Sleep(10 * retryInterval)
+	synctest.Wait()
+	if s := l.State(); s.Degraded != "" || len(told) != 2 || told[1] != nil {
+		t.Fatalf("it can be written, and it is %+v, told of %v", s, told)
+	}
+	if seq := publish(t, l, "web2", "t", "b", "1"); seq != 2 {
+		t.Errorf("a retry is stored as record %d", seq)
+	}
+}
+
 func appendTo(t testing.TB, fsys FS, path, text string) {
 	t.Helper()
 	f, err := fsys.OpenFile(path, os.O_RDWR|os.O_CREATE, filePerm)

@@ -29,6 +29,41 @@ func copied(t testing.TB, l *Log) {
 	waitFor(t, "the VMs' streams are written", func() bool { return l.perVM.position.Load() == l.Committed() })
 }
 
+// A file in the place of a VM's stream is kept, and stands in nobody's way.
+func TestFileForStream(t *testing.T) {
+	o := testOptions(t.TempDir())
+	place := filepath.Join(o.PerVM.Dir, "web1")
+	aside := make(chan string, 1)
+	o.PerVM.OnAside = func(file, name string) {
+		if file == place {
+			aside <- name
+		}
+	}
+	l := mustOpen(t, o)
+	defer mustClose(t, l)
+	if err := os.WriteFile(place, []byte("a note"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	publish(t, l, "web1", "t", "", "1")
+	publish(t, l, "web2", "t", "", "1")
+	copied(t, l)
+	if got, err := os.ReadFile(<-aside); string(got) != "a note" {
+		t.Errorf("%q, %v", got, err)
+	}
+	for _, vm := range []string{"web1", "web2"} {
+		if segs, err := os.ReadDir(filepath.Join(o.PerVM.Dir, vm)); len(segs) != 1 {
+			t.Errorf("%s: %v, %v", vm, segs, err)
+		}
+	}
+	if _, err := Verify(VerifyOptions{Dir: o.Dir, VMDir: o.PerVM.Dir, Sender: "host", Owner: o.PerVM.Owner}, func(f Finding) {
+		if f.Damage {
+			t.Errorf("%+v", f)
+		}
+	}); err != nil {
+		t.Error(err)
+	}
+}
+
 // A VM that is forgotten leaves nothing on disk; others keep all, a reader that was
 // reading its stream is told of a gap, and what comes later begins anew.
 func TestForgetVM(t *testing.T) {

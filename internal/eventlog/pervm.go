@@ -29,8 +29,8 @@ type PerVMOptions struct {
 	OnOversize func(vm string)
 	// OnError is called when copying fails and when it goes on (nil).
 	OnError func(error)
-	// OnAside is called when something that is no file was renamed, because a file
-	// belongs in its place.
+	// OnAside is called when something was renamed because a file belongs in its place,
+	// and it is none, or a directory.
 	OnAside func(file, name string)
 
 	idWindow int // 0: idWindow

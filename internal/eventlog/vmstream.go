@@ -11,6 +11,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"syscall"
 	"time"
 )
 
@@ -66,7 +67,11 @@ func (p *perVM) stream(vm []byte) (*vmStream, error) {
 // of it, or be left of a write that failed, or be newer than what the host stream
 // has come back with. The host stream has it, and it is copied again.
 func (s *vmStream) load(upTo uint64) error {
-	if err := s.st.load(); err != nil {
+	err := s.st.load()
+	if errors.Is(err, syscall.ENOTDIR) { // or one VM's would keep all from being copied
+		err = s.makeWay()
+	}
+	if err != nil {
 		return err
 	}
 	cut, err := s.st.cutNewest(upTo)
@@ -95,6 +100,19 @@ func (s *vmStream) load(upTo uint64) error {
 		s.p.written(s)
 	}
 	return err
+}
+
+// makeWay sets aside what is in the place of the stream's directory.
+func (s *vmStream) makeWay() error {
+	name, err := setAside(s.st.fs, s.st.dir)
+	if err != nil {
+		return err
+	}
+	s.p.newDirs = true
+	if s.p.opts.OnAside != nil {
+		s.p.opts.OnAside(s.st.dir, name)
+	}
+	return s.st.load()
 }
 
 // loadIDs is load for the file of ids.

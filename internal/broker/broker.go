@@ -322,13 +322,15 @@ func (b *Broker) sweep() {
 		t := time.NewTimer(b.table.Interval())
 		select {
 		case <-t.C:
-			b.table.Sweep()
-			b.records.refresh()
-			b.tellWithheld()
+		case <-b.table.Configured:
+			t.Stop()
 		case <-b.ctx2.Done():
 			t.Stop()
 			return
 		}
+		b.table.Sweep()
+		b.records.refresh()
+		b.tellWithheld()
 	}
 }
 

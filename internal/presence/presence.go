@@ -55,6 +55,8 @@ type Table struct {
 	// Wake has a token when Changes or Dirty may have something new. One token
 	// says all that more could.
 	Wake chan struct{}
+	// Configured has one when Interval may have become less.
+	Configured chan struct{}
 
 	mu      sync.Mutex
 	opts    Options
@@ -73,7 +75,7 @@ type Table struct {
 // New makes an empty table.
 func New(opts Options) *Table {
 	return &Table{
-		began: time.Now(), Wake: make(chan struct{}, 1), opts: opts,
+		began: time.Now(), Wake: make(chan struct{}, 1), Configured: make(chan struct{}, 1), opts: opts,
 		vms: make(map[string]*VM), touched: make(map[string]struct{}),
 	}
 }
@@ -83,6 +85,7 @@ func (t *Table) Configure(opts Options) {
 	t.mu.Lock()
 	t.opts = opts
 	t.mu.Unlock()
+	token.Leave(t.Configured)
 }
 
 // now is the table's clock: monotonic, and never 0.

@@ -104,6 +104,7 @@ type Broker struct {
 	// by the old one has his session by then. Nothing is asked of a disk meanwhile, or
 	// one that does not answer would keep all guests out.
 	admission sync.RWMutex
+	leaving   *departure // whose files are being removed, with admission; nil: nobody's
 
 	// The broker ends in two steps: first the guests, their connections and the
 	// tails; then the goroutines that write down what that changed.

@@ -126,7 +126,9 @@ func (b *Broker) Admit(ctx context.Context, s *session.Session, h wire.Hello, pr
 		return nil, d
 	}
 	caps := h.Capabilities()
-	b.admission.RLock()
+	if b.enter(ctx, h.VM) != nil {
+		return nil, session.Decision{Refuse: wire.ReasonReadTimeout}
+	}
 	d = b.Decide(h)
 	if d.Refuse == "" && !bytes.Equal(d.Key, proven) {
 		d.Refuse = wire.ReasonAuthFailed

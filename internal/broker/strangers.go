@@ -93,10 +93,16 @@ func (b *Broker) forgetStrangers(ctx context.Context, now time.Time) error {
 	forgotten := 0
 	for _, f := range found {
 		old := age > 0 && now.Sub(f.Written) > age && !known[f.VM]
-		if excess <= 0 && !old || b.table.SessionOf(f.VM) != nil {
+		if excess <= 0 && !old {
 			continue
 		}
-		if err := b.forgetFiles(ctx, f.VM); err != nil {
+		done := b.keepOut(f.VM)
+		if done == nil {
+			continue // he is here
+		}
+		err := b.forgetFiles(ctx, f.VM)
+		done()
+		if err != nil {
 			return err
 		}
 		forgotten++
@@ -108,6 +114,48 @@ func (b *Broker) forgetStrangers(ctx context.Context, now time.Time) error {
 			Info("the records of names that nobody registered are removed: there were more than limits.max_vms, or they were older than store.retention_age")
 	}
 	return nil
+}
+
+// departure is a name whose files are being removed.
+type departure struct {
+	vm   string
+	over chan struct{} // closed when they are gone
+}
+
+// keepOut lets no guest in as vm until done is called; it is nil if there is one. Who
+// came while his files are removed would lose what he has just been promised: a
+// cursor, or that a retry is stored once. One goroutine calls it.
+func (b *Broker) keepOut(vm string) (done func()) {
+	b.admission.Lock()
+	defer b.admission.Unlock()
+	if b.table.SessionOf(vm) != nil {
+		return nil
+	}
+	d := &departure{vm, make(chan struct{})}
+	b.leaving = d
+	return func() {
+		b.admission.Lock()
+		b.leaving = nil
+		b.admission.Unlock()
+		close(d.over)
+	}
+}
+
+// enter holds admission for reading once nobody removes the files of vm.
+func (b *Broker) enter(ctx context.Context, vm string) error {
+	for {
+		b.admission.RLock()
+		d := b.leaving
+		if d == nil || d.vm != vm {
+			return nil
+		}
+		b.admission.RUnlock()
+		select {
+		case <-d.over:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
 }
 
 // withRecords adds the names that have cursors or a file about their last handshake.

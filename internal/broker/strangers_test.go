@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -209,4 +210,65 @@ func TestStrangersShare(t *testing.T) {
 		})
 		return err == nil && total > 1<<20 && total < 2<<20+4*64<<10
 	})
+}
+
+// slowRemoveFS holds the first removal of a VM's segment.
+type slowRemoveFS struct {
+	eventlog.FS
+	once sync.Once
+	at   chan string // the VM; has room for one
+	goOn chan struct{}
+}
+
+func (s *slowRemoveFS) Remove(name string) error {
+	if strings.Contains(name, "/bus/vm/") {
+		s.once.Do(func() { s.at <- filepath.Base(filepath.Dir(name)); <-s.goOn })
+	}
+	return s.FS.Remove(name)
+}
+
+// Who comes back while his files are removed keeps what he is promised then.
+func TestStrangerComesWhileForgotten(t *testing.T) {
+	o := testOptions(t, t.TempDir())
+	disk := &slowRemoveFS{FS: eventlog.OS, at: make(chan string, 1), goOn: make(chan struct{})}
+	o.FS = disk
+	b := start(t, o)
+	b.leave("a")
+	b.leave("b")
+	b.written(o, "a", "b")
+	few := o.Settings
+	few.MaxVMs = 1
+	if _, err := b.Configure(few); err != nil {
+		t.Fatal(err)
+	}
+	forgotten := make(chan error, 1)
+	go func() { forgotten <- b.forgetStrangers(t.Context(), time.Now()) }()
+	vm := <-disk.at
+	others := connect(t, b.addr, "other") // nobody else waits
+	g := dial(t, b.addr)
+	g.say("hello vm:%s capabilities=bus-v1\n", vm)
+	promised := make(chan struct{})
+	go func() {
+		defer close(promised)
+		if got := g.line(); !strings.HasPrefix(got, "ok session=") {
+			t.Errorf("it is answered %q", got)
+			return
+		}
+		g.send(`{"type":"subscribe","topic":"t","cursor":"new"}`)
+		g.expect(`{"ack":"subscribe","status":"ok"}`)
+	}()
+	select { // it must not come so far; should it, that is to be seen
+	case <-promised:
+	case <-time.After(50 * time.Millisecond):
+	}
+	close(disk.goOn)
+	if err := <-forgotten; err != nil {
+		t.Fatal(err)
+	}
+	<-promised
+	if data, err := os.ReadFile(filepath.Join(o.StateDir, "cursors", vm+".json")); err != nil || !strings.Contains(string(data), `"new"`) {
+		t.Errorf("its cursors are %s, %v", data, err)
+	}
+	others.send(`{"type":"heartbeat"}`)
+	others.expect(`{"ack":"heartbeat","status":"ok"}`)
 }

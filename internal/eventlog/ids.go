@@ -46,6 +46,7 @@ type idIndex struct {
 	// written tells how far the files go, and whether they hold all that has
 	// ever been in them: after a failed sync they are written anew.
 	written func() (upTo uint64, whole bool)
+	resets  func() uint64           // how often that has begun
 	aside   func(file, name string) // see PerVMOptions.OnAside
 
 	loads chan struct{} // has room for idLoads
@@ -66,7 +67,7 @@ type idIndex struct {
 
 func newIDIndex(fsys FS, dir string, wait time.Duration, written func() (uint64, bool)) *idIndex {
 	return &idIndex{
-		fs: fsys, dir: dir, window: idWindow, budget: idBudget, wait: wait, written: written,
+		fs: fsys, dir: dir, window: idWindow, budget: idBudget, wait: wait, written: written, resets: func() uint64 { return 0 },
 		loads: make(chan struct{}, idLoads), tables: make(map[string]*idTable), room: make(chan struct{}),
 	}
 }
@@ -156,6 +157,7 @@ func (x *idIndex) load(t *idTable, holding bool) error {
 		data []byte
 		err  error
 	}
+	resets := x.resets()
 	_, before := x.written()
 	read := make(chan result, 1) // for the one result
 	go func() {
@@ -177,7 +179,7 @@ func (x *idIndex) load(t *idTable, holding bool) error {
 	switch {
 	case got.err != nil:
 		return fmt.Errorf("loading the ids of %s: %w", t.vm, got.err)
-	case !before || !after:
+	case !before || !after || x.resets() != resets: // it may have begun and ended during the read
 		return fmt.Errorf("the ids of %s are being written anew after a failure of the disk; try again", t.vm)
 	}
 	t.fill(got.data)

@@ -195,6 +195,93 @@ func (u *unreadableFS) OpenFile(name string, flag int, perm fs.FileMode) (File, 
 	return u.FS.OpenFile(name, flag, perm)
 }
 
+// heldReadFS holds a read of one file before and after it.
+type heldReadFS struct {
+	FS
+	path string
+	held chan chan struct{} // nil: nothing is held
+}
+
+func (h *heldReadFS) OpenFile(name string, flag int, perm fs.FileMode) (File, error) {
+	f, err := h.FS.OpenFile(name, flag, perm)
+	if h.held == nil || name != h.path || flag != os.O_RDONLY {
+		return f, err
+	}
+	return heldReadFile{f, h.held}, err
+}
+
+type heldReadFile struct {
+	File
+	held chan chan struct{}
+}
+
+func (f heldReadFile) hold() {
+	goOn := make(chan struct{})
+	f.held <- goOn
+	<-goOn
+}
+
+func (f heldReadFile) ReadAt(b []byte, off int64) (int, error) {
+	f.hold()
+	defer f.hold()
+	return f.File.ReadAt(b, off)
+}
+
+// Ids that are read while their file is cut back and written anew are not taken for
+// all that there are, though both are over before the read is.
+func TestIDsReadDuringReset(t *testing.T) {
+	o := testOptions(t.TempDir())
+	disk := &heldReadFS{FS: OS, path: filepath.Join(o.PerVM.IDDir, "web1"+idSuffix)}
+	o.FS = disk
+	l, _, err := open(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := l.perVM
+	b := &Batch{done: make(chan struct{}, 1), Entries: []Entry{{VM: "web1", Topic: []byte("t"), ID: []byte("a")}}}
+	err = p.ids.acquire(t.Context(), b)
+	if err == nil {
+		l.commit(b)
+		err = p.copyNew()
+	}
+	if err != nil || b.Entries[0].Seq != 1 {
+		t.Fatal(b.Entries[0], err)
+	}
+	p.ids.forget("web1")
+	disk.held = make(chan chan struct{})
+	type found struct {
+		seq uint64
+		err error
+	}
+	looked := make(chan found, 1) // for the one result
+	go func() {
+		seq, err := lookup(l, "web1", "a")
+		looked <- found{seq, err}
+	}()
+	before := <-disk.held
+	_ = p.distrust(nil) // a sync has failed
+	p.forget()
+	if _, err := p.stream([]byte("web1")); err != nil { // cuts the file
+		t.Fatal(err)
+	}
+	close(before)
+	after := <-disk.held
+	if err := p.copyNew(); err != nil {
+		t.Fatal(err)
+	}
+	close(after)
+	if got := <-looked; got.err == nil && got.seq != 1 {
+		t.Errorf("the id of record 1 is looked up as %d", got.seq)
+	}
+	disk.held = nil
+	if seq, err := lookup(l, "web1", "a"); seq != 1 || err != nil {
+		t.Errorf("looked up again, it is %d, %v", seq, err)
+	}
+	if err := l.finish(); err != nil {
+		t.Error(err)
+	}
+}
+
 // Ids that cannot be read refuse their own VM's records that have one, and
 // nothing else; when they can be read again all is well.
 func TestUnreadableIDs(t *testing.T) {

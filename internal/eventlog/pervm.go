@@ -116,7 +116,7 @@ func openPerVM(l *Log, opts PerVMOptions) (_ *perVM, err error) {
 		streams:     make(map[string]*vmStream), quiet: l.startedAt,
 	}
 	p.ids = newIDIndex(l.opts.FS, opts.IDDir, l.opts.StallAfter, p.filesHold)
-	p.ids.aside = opts.OnAside
+	p.ids.aside, p.ids.resets = opts.OnAside, p.resets.Load
 	if opts.idWindow > 0 {
 		p.ids.window = opts.idWindow
 	}

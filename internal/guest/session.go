@@ -201,7 +201,9 @@ func (s *session) ack(m *wire.Message) error {
 	case "heartbeat":
 		s.beat()
 		s.beats.answered()
-	default: // of an unsubscribe, whose answer changes nothing
+	case "unsubscribe":
+		s.subs.dropped(m)
+	default: // a newer host's
 	}
 	return nil
 }

@@ -77,6 +77,7 @@ type table struct {
 	drop  []string        // names to be unsubscribed; each was once sent
 	asked []*subscription // sent and unanswered, in order; one that was removed since stays as its place
 	acks  []*subscription // with something processed that the host has not heard
+	left  []string        // names whose unsubscribe is sent and unanswered, in order
 }
 
 func newTable() *table { return &table{names: make(map[string]*subscription)} }
@@ -188,7 +189,7 @@ func (t *table) end() {
 	t.mu.Lock()
 	t.live = false
 	clear(t.names)
-	t.ask, t.drop, t.asked, t.acks = nil, nil, nil, nil
+	t.ask, t.drop, t.asked, t.acks, t.left = nil, nil, nil, nil, nil
 	all := slices.Clone(t.all)
 	for _, s := range all {
 		s.pending = false
@@ -214,6 +215,7 @@ func (t *table) take(dst []byte) []byte {
 	for _, name := range t.drop {
 		dst = wire.AppendUnsubscribeFrame(dst, name)
 	}
+	t.left = append(t.left, t.drop...)
 	for _, s := range t.ask {
 		dst = wire.AppendSubscribeFrame(dst, s.topic, s.name, s.where(), s.cursor)
 		t.asked = append(t.asked, s)
@@ -278,6 +280,22 @@ func (t *table) answer(m *wire.Message) bool {
 		s.sink.refused(s, &bus.Error{Code: bus.Code(wire.Clip(m.Code)), Reason: string(m.Reason), RetryAfter: time.Duration(min(m.RetryAfterMS, maxRetryMS)) * time.Millisecond})
 	}
 	return true
+}
+
+// dropped takes the host's ack of an unsubscribe. One that the host's disk has kept
+// from being done is sent again, or the host would go on delivering for nobody: with
+// whatever is sent next, a heartbeat at the latest, so that a slow host is not pressed.
+func (t *table) dropped(m *wire.Message) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if len(t.left) == 0 {
+		return
+	}
+	name := t.left[0]
+	t.left = t.left[1:]
+	if bus.Code(m.Code) == bus.CodeStorageStalled {
+		t.drop = append(t.drop, name)
+	}
 }
 
 // deliver passes a delivery on. Only the session's reader calls it and gap.

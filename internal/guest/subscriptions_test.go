@@ -249,6 +249,28 @@ func TestTableAcksTheNewestOnly(t *testing.T) {
 	wantLines(t, tab)
 }
 
+// An unsubscribe that the host's disk has kept from being done is sent again.
+func TestTableUnsubscribesAgain(t *testing.T) {
+	tab := testTable()
+	s := &subscription{topic: "a", sink: &recorder{}}
+	_, _ = tab.add(s)
+	tab.begin()
+	wantLines(t, tab, "subscribe a s1 ")
+	tab.answer(okAck)
+	tab.remove(s)
+	wantLines(t, tab, "unsubscribe s1")
+	wantLines(t, tab)
+	answer := &wire.Message{Ack: []byte("unsubscribe"), Status: []byte("error"), Code: []byte(bus.CodeStorageStalled), Subscription: []byte("s1")}
+	for range 2 {
+		tab.dropped(answer)
+		tab.dropped(answer) // not asked for
+		wantLines(t, tab, "unsubscribe s1")
+	}
+	tab.dropped(&wire.Message{Ack: []byte("unsubscribe"), Status: []byte("ok"), Subscription: []byte("s1")})
+	tab.dropped(answer)
+	wantLines(t, tab)
+}
+
 func TestTableRefusals(t *testing.T) {
 	tab := testTable()
 	r := &recorder{}

@@ -62,7 +62,7 @@ func (b *Broker) committed(c eventlog.Commit) {
 	var all bool
 	x.mu.RLock()
 	if len(x.exact)+len(x.wild) > 0 {
-		c.Each(func(rec *eventlog.Record) {
+		c.Runs(func(rec *eventlog.Record) {
 			audible := b.audible(rec)
 			if topic != nil && audible == all && string(topic) == string(rec.Topic) {
 				return

@@ -1,6 +1,7 @@
 package eventlog
 
 import (
+	"bytes"
 	"errors"
 	"time"
 )
@@ -35,6 +36,7 @@ type committer struct {
 
 	group  []*Batch
 	chunk  *chunk   // being filled
+	newest *Entry   // of the newest line in chunk
 	inside []*Entry // entries whose record, or whose first record, is in chunk
 	fresh  []*chunk // committed, and still to be told of
 
@@ -93,13 +95,14 @@ func stoppedTimer() *time.Timer {
 func (l *Log) commit(b *Batch) {
 	c := &l.c
 	c.group = append(c.group[:0], b)
-	size := b.size()
+	size, entries := b.size(), len(b.Entries)
 drain:
 	for size < maxGroup {
 		select {
 		case b := <-l.queue:
 			c.group = append(c.group, b)
 			size += b.size()
+			entries += len(b.Entries)
 		default:
 			break drain
 		}
@@ -107,7 +110,7 @@ drain:
 	now := time.Now()
 	when := now.UTC().Format(timeLayout)
 	err := l.writable()
-	l.begin(size)
+	l.begin(size, entries)
 	for _, b := range c.group {
 		for i := range b.Entries {
 			e := &b.Entries[i]
@@ -123,7 +126,7 @@ drain:
 	if err == nil {
 		_ = l.flush(now) // the entries hold the error
 	}
-	c.chunk = nil
+	c.chunk, c.newest = nil, nil
 	for i, b := range c.group {
 		if len(b.tables) > 0 {
 			l.perVM.ids.release(b)
@@ -165,10 +168,10 @@ func (b *Batch) size() int {
 	return n
 }
 
-// begin starts a chunk with room for size bytes.
-func (l *Log) begin(size int) {
-	l.c.chunk = &chunk{first: l.c.next, data: make([]byte, 0, min(size, maxGroup))}
-	l.c.inside = l.c.inside[:0]
+// begin starts a chunk with room for size bytes and so many entries.
+func (l *Log) begin(size, entries int) {
+	l.c.chunk = &chunk{first: l.c.next, data: make([]byte, 0, min(size, maxGroup)), offsets: make([]uint32, 0, entries)}
+	l.c.inside, l.c.newest = l.c.inside[:0], nil
 }
 
 // add appends e's line to the chunk, flushing it first where the line belongs
@@ -200,10 +203,14 @@ func (l *Log) add(b *Batch, e *Entry, when string, now time.Time) error {
 				return l.fail(err)
 			}
 		}
-		l.begin(int(min(maxGroup/4, l.opts.SegmentSize)))
+		l.begin(int(min(maxGroup/4, l.opts.SegmentSize)), len(b.Entries))
 		start = 0
 		c.chunk.data = appendRecord(c.chunk.data, e, c.next, l.mark(), when)
 	}
+	if was := c.newest; was == nil || was.VM != e.VM || !bytes.Equal(was.Topic, e.Topic) {
+		c.chunk.runs = append(c.chunk.runs, uint32(len(c.chunk.offsets)))
+	}
+	c.newest = e
 	c.chunk.offsets = append(c.chunk.offsets, uint32(start))
 	c.inside = append(c.inside, e)
 	e.Seq = c.next

@@ -11,6 +11,7 @@ type chunk struct {
 	first   uint64
 	data    []byte   // whole lines
 	offsets []uint32 // where each line begins in data; records are consecutive
+	runs    []uint32 // the lines whose sender or topic is not that of the line before
 }
 
 func (c *chunk) last() uint64 { return c.first + uint64(len(c.offsets)) - 1 }
@@ -36,11 +37,12 @@ func (c Commit) First() uint64 { return c.c.first }
 // Last gives the number of the commit's newest record.
 func (c Commit) Last() uint64 { return c.c.last() }
 
-// Each calls f for every record in order.
-func (c Commit) Each(f func(*Record)) {
+// Runs calls f for the first record of each run of one sender on one topic, in
+// order: whom one of them concerns the others concern as well.
+func (c Commit) Runs(f func(*Record)) {
 	var rec Record
-	for i := range c.c.offsets {
-		if parseRecord(c.c.line(i), &rec, false) == nil {
+	for _, i := range c.c.runs {
+		if parseRecord(c.c.line(int(i)), &rec, false) == nil {
 			f(&rec)
 		}
 	}

@@ -11,7 +11,7 @@ import (
 // checkpoint makes what was copied durable, and then the position.
 func (p *perVM) checkpoint() error {
 	if err := p.syncAll(); err != nil {
-		_ = p.distrust(err)
+		p.lost = true // what was written since the last one may be, whatever the page cache shows
 		p.forget()
 		return err
 	}

@@ -133,13 +133,6 @@ func (p *perVM) flush() error {
 	return nil
 }
 
-// distrust notes that a sync has failed: what was written since the last
-// checkpoint may be lost, whatever the page cache shows.
-func (p *perVM) distrust(err error) error {
-	p.lost = true
-	return err
-}
-
 // written puts s on the list of those that the next checkpoint syncs.
 func (p *perVM) written(s *vmStream) {
 	if !s.unsynced {

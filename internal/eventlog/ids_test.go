@@ -259,7 +259,7 @@ func TestIDsReadDuringReset(t *testing.T) {
 		looked <- found{seq, err}
 	}()
 	before := <-disk.held
-	_ = p.distrust(nil) // a sync has failed
+	p.lost = true // a sync has failed
 	p.forget()
 	if _, err := p.stream([]byte("web1")); err != nil { // cuts the file
 		t.Fatal(err)

@@ -47,7 +47,7 @@ const (
 
 	// The copied position is made durable after so many bytes, or so long
 	// after the first copy since: what a start has to copy again at most.
-	checkpointBytes    = 64 << 20
+	checkpointBytes    = 128 << 20
 	checkpointInterval = 30 * time.Second
 
 	// syncTogether is from how many VMs on a checkpoint syncs the whole file system:

@@ -211,10 +211,6 @@ func (p *perVM) openFor(s *vmStream) error {
 		if err := p.openNewest(s, segs[len(segs)-1].first); err != nil || !s.full {
 			return err
 		}
-		// Checkpoints sync the newest segment only.
-		if err := s.f.Sync(); err != nil {
-			return p.distrust(fmt.Errorf("syncing the stream of %s: %w", s.vm, err))
-		}
 		p.open.close(s)
 	} else {
 		err := s.st.fs.Mkdir(s.st.dir, dirPerm)
@@ -247,31 +243,44 @@ func (p *perVM) openNewest(s *vmStream, first uint64) error {
 	return nil
 }
 
-// sync makes the newest segment, the names of all and the ids durable.
+// sync makes what was written since the last checkpoint durable: the segments that
+// may hold records of since then, the names of all and the ids.
 func (s *vmStream) sync(open *openFiles) error {
-	if segs := s.st.snapshot(); len(segs) > 0 {
-		if err := s.p.openNewest(s, segs[len(segs)-1].first); err != nil {
-			return err
-		}
-		if err := s.f.Sync(); err != nil {
-			open.close(s)
-			return fmt.Errorf("syncing the stream of %s: %w", s.vm, err)
+	segs := s.st.snapshot()
+	for i, g := range segs {
+		if i == len(segs)-1 {
+			if err := s.p.openNewest(s, g.first); err != nil {
+				return err
+			}
+			if err := s.f.Sync(); err != nil {
+				open.close(s)
+				return fmt.Errorf("syncing the stream of %s: %w", s.vm, err)
+			}
+		} else if segs[i+1].first > s.p.synced+1 {
+			if err := syncIfThere(s.st.fs, s.st.path(g.first)); err != nil {
+				return fmt.Errorf("syncing the stream of %s: %w", s.vm, err)
+			}
 		}
 	}
 	if err := s.st.syncDir(); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("syncing the stream of %s: %w", s.vm, err)
 	}
-	f, err := s.st.fs.OpenFile(s.p.ids.path(s.vm), os.O_RDWR, filePerm)
+	if err := syncIfThere(s.st.fs, s.p.ids.path(s.vm)); err != nil {
+		return fmt.Errorf("syncing the ids of %s: %w", s.vm, err)
+	}
+	return nil
+}
+
+// syncIfThere makes the file's content durable.
+func syncIfThere(fsys FS, path string) error {
+	f, err := fsys.OpenFile(path, os.O_RDWR, filePerm)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
 	if err != nil {
 		return err
 	}
-	if err := errors.Join(f.Sync(), f.Close()); err != nil {
-		return fmt.Errorf("syncing the ids of %s: %w", s.vm, err)
-	}
-	return nil
+	return errors.Join(f.Sync(), f.Close())
 }
 
 // addID buffers the entry for a record with an id.

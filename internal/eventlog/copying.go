@@ -1,6 +1,7 @@
 package eventlog
 
 import (
+	"bytes"
 	"errors"
 	"time"
 )
@@ -18,7 +19,7 @@ func (p *perVM) copyNew() (err error) {
 	}()
 	var rec Record
 	for {
-		ok, err := r.Next(&rec)
+		lines, ok, err := r.nextRun(&rec, maxBuffered)
 		var gap *Gap
 		if errors.As(err, &gap) {
 			continue // the host stream itself has lost it, and told so
@@ -27,8 +28,8 @@ func (p *perVM) copyNew() (err error) {
 			return err
 		}
 		if ok {
-			p.since += int64(len(rec.Line))
-			if err := p.put(&rec); err != nil {
+			p.since += int64(len(lines))
+			if err := p.put(&rec, lines); err != nil {
 				return err
 			}
 		}
@@ -58,14 +59,15 @@ func (p *perVM) filesHold() (upTo uint64, whole bool) {
 	return upTo, upTo >= p.furthest.Load()
 }
 
-func (p *perVM) put(rec *Record) error {
+// put buffers rec, and the lines of those behind it that belong where it does.
+func (p *perVM) put(rec *Record, lines []byte) error {
 	sender := string(rec.VM) != p.opts.Sender
 	if sender {
 		s, err := p.stream(rec.VM)
 		if err != nil {
 			return err
 		}
-		if err := p.append(s, rec); err != nil {
+		if err := p.append(s, rec.Seq, lines); err != nil {
 			return err
 		}
 	}
@@ -83,31 +85,53 @@ func (p *perVM) put(rec *Record) error {
 		if err != nil {
 			return err
 		}
-		return p.append(s, rec)
+		return p.append(s, rec.Seq, lines)
 	}
 	return nil
 }
 
-// append buffers rec for s.
-func (p *perVM) append(s *vmStream, rec *Record) error {
-	n := len(rec.Line) + 1
-	used := int64(len(s.buf))
-	if !s.full { // otherwise what is buffered begins a segment
-		used += s.size
-	}
-	if used > 0 && used+int64(n) > min(leastSegment, p.opts.SegmentSize) && used+int64(n) > p.segmentSize(s.vm) {
-		if err := p.flushStream(s); err != nil {
-			return err
+// append buffers lines for s, the first of which is the record seq.
+func (p *perVM) append(s *vmStream, seq uint64, lines []byte) error {
+	for len(lines) > 0 {
+		used := len(s.buf)
+		if !s.full { // otherwise what is buffered begins a segment
+			used += int(s.size)
 		}
-		s.full = true
+		n := len(lines)
+		if most := int(min(leastSegment, p.opts.SegmentSize)); used+n > most {
+			n = fitting(lines, max(most, int(p.segmentSize(s.vm)))-used)
+		}
+		if n == 0 && used > 0 {
+			if err := p.flushStream(s); err != nil {
+				return err
+			}
+			s.full = true
+			continue
+		}
+		if n == 0 { // longer than a segment: it gets one of its own
+			n = bytes.IndexByte(lines, '\n') + 1
+		}
+		if len(s.buf) == 0 {
+			s.bufFirst = seq
+		}
+		p.fill(s)
+		s.buf = append(s.buf, lines[:n]...)
+		p.buffered += n
+		if lines = lines[n:]; len(lines) > 0 {
+			seq += uint64(bytes.Count(s.buf[len(s.buf)-n:], newline))
+		}
 	}
-	if len(s.buf) == 0 {
-		s.bufFirst = rec.Seq
-	}
-	p.fill(s)
-	s.buf = append(append(s.buf, rec.Line...), '\n')
-	p.buffered += n
 	return nil
+}
+
+var newline = []byte{'\n'}
+
+// fitting gives how many bytes of lines are whole ones that fit into room.
+func fitting(lines []byte, room int) int {
+	if len(lines) <= room {
+		return len(lines)
+	}
+	return bytes.LastIndexByte(lines[:max(0, room)], '\n') + 1
 }
 
 // fill puts s on the list of those to be flushed.

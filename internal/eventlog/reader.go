@@ -127,6 +127,22 @@ func (r *Reader) Next(rec *Record) (bool, error) {
 	}
 }
 
+// nextRun is [Reader.Next] for whoever treats alike what one sender published on one
+// topic. lines are the record's own, and while memory has them those that follow it
+// with the same sender and topic; a record with an id comes alone. They end with a
+// newline each, take at most limit bytes unless it is one, and are valid as rec is.
+func (r *Reader) nextRun(rec *Record, limit int) (lines []byte, ok bool, err error) {
+	if ok, err = r.Next(rec); !ok || err != nil {
+		return nil, ok, err
+	}
+	if m := r.mem; m.has(rec.Seq) {
+		lines, n := m.run(int(rec.Seq-m.first), limit)
+		r.next = rec.Seq + uint64(n)
+		return lines, true, nil
+	}
+	return append(rec.Line, '\n'), true, nil // in the buffer that it was read into there is one already
+}
+
 // fromDisk reads the next record from a segment. It gives false without an
 // error where it is worth looking in memory again.
 func (r *Reader) fromDisk(rec *Record, committed uint64) (bool, error) {

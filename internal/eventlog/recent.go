@@ -12,6 +12,7 @@ type chunk struct {
 	data    []byte   // whole lines
 	offsets []uint32 // where each line begins in data; records are consecutive
 	runs    []uint32 // the lines whose sender or topic is not that of the line before
+	ids     bool     // a record in it has an id
 }
 
 func (c *chunk) last() uint64 { return c.first + uint64(len(c.offsets)) - 1 }
@@ -26,6 +27,30 @@ func (c *chunk) line(i int) []byte {
 		end = int(c.offsets[i+1])
 	}
 	return c.data[c.offsets[i] : end-1 : end-1]
+}
+
+// run gives the lines from the i-th on, newlines included, that have its sender and its
+// topic and no id; at most limit bytes, but always one line. n is how many they are.
+func (c *chunk) run(i, limit int) (lines []byte, n int) {
+	end := i + 1
+	if !c.ids {
+		if at, _ := slices.BinarySearch(c.runs, uint32(end)); at < len(c.runs) {
+			end = int(c.runs[at])
+		} else {
+			end = len(c.offsets)
+		}
+	}
+	start := int(c.offsets[i])
+	for {
+		stop := len(c.data)
+		if end < len(c.offsets) {
+			stop = int(c.offsets[end])
+		}
+		if stop-start <= limit || end == i+1 {
+			return c.data[start:stop:stop], end - i
+		}
+		end = i + (end-i+1)/2
+	}
 }
 
 // Commit is what one commit added, for [Options.OnCommit].

@@ -3,6 +3,7 @@ package eventlog
 import (
 	"bytes"
 	"errors"
+	"sync"
 	"time"
 )
 
@@ -115,6 +116,7 @@ func (p *perVM) append(s *vmStream, seq uint64, lines []byte) error {
 			s.bufFirst = seq
 		}
 		p.fill(s)
+		s.borrow(n)
 		s.buf = append(s.buf, lines[:n]...)
 		p.buffered += n
 		if lines = lines[n:]; len(lines) > 0 {
@@ -122,6 +124,32 @@ func (p *perVM) append(s *vmStream, seq uint64, lines []byte) error {
 		}
 	}
 	return nil
+}
+
+const (
+	// smallBuffer is about how large a stream's own buffer gets: what a burst needs
+	// beyond that would be held for ever, times ten thousand, and is lent.
+	smallBuffer = 4 << 10
+	largeBuffer = 128 << 10
+)
+
+var largeBuffers = sync.Pool{New: func() any { b := make([]byte, 0, largeBuffer); return &b }}
+
+// borrow makes room for n bytes in s's buffer where its own would get too large.
+func (s *vmStream) borrow(n int) {
+	if len(s.buf)+n > smallBuffer && cap(s.buf) < largeBuffer {
+		large := *largeBuffers.Get().(*[]byte)
+		s.buf = append(large, s.buf...)
+	}
+}
+
+// giveBack empties the buffer.
+func (s *vmStream) giveBack() {
+	b := s.buf[:0]
+	if s.buf = b; cap(b) >= largeBuffer {
+		s.buf = nil
+		largeBuffers.Put(&b)
+	}
 }
 
 var newline = []byte{'\n'}

@@ -26,12 +26,13 @@ func TestCopiesOfMixedCommits(t *testing.T) {
 	pick := func(from ...string) string { return from[rnd.IntN(len(from))] }
 	for n := range 200 {
 		b := &Batch{done: make(chan struct{}, 1)}
-		vm, topic, id := "", "", ""
+		var vm, topic string
 		for i := range 1 + rnd.IntN(40) {
 			if i == 0 || rnd.IntN(8) == 0 {
 				vm, topic = pick("web1", "web2", "host"), pick("t", "u", "vm:web1", "vm:web2", "vm:web2/x")
 			}
-			if id = ""; n%3 == 0 && rnd.IntN(10) == 0 {
+			id := ""
+			if n%3 == 0 && rnd.IntN(10) == 0 {
 				id = fmt.Sprint(n, "-", i)
 			}
 			payload := `"` + strings.Repeat("x", rnd.IntN(200)+rnd.IntN(2)*rnd.IntN(2)*rnd.IntN(2)*size) + `"`
@@ -110,8 +111,14 @@ func TestRunLimit(t *testing.T) {
 		i, limit int
 		want     string
 	}{
-		{0, 100, "aa\nbb\ncc\ndd\n"}, {1, 100, "bb\ncc\ndd\n"}, {4, 100, "ee\n"},
-		{0, 12, "aa\nbb\ncc\ndd\n"}, {0, 11, "aa\nbb\n"}, {0, 5, "aa\n"}, {0, 1, "aa\n"}, {3, 1, "dd\n"},
+		{0, 100, "aa\nbb\ncc\ndd\n"},
+		{1, 100, "bb\ncc\ndd\n"},
+		{4, 100, "ee\n"},
+		{0, 12, "aa\nbb\ncc\ndd\n"},
+		{0, 11, "aa\nbb\n"},
+		{0, 5, "aa\n"},
+		{0, 1, "aa\n"},
+		{3, 1, "dd\n"},
 	} {
 		lines, n := c.run(tt.i, tt.limit)
 		if string(lines) != tt.want || n != strings.Count(tt.want, "\n") {

@@ -195,10 +195,7 @@ func (p *perVM) flushStream(s *vmStream) error {
 		return fmt.Errorf("writing the stream of %s: %w", s.vm, err)
 	}
 	s.size += int64(len(s.buf))
-	s.buf = s.buf[:0]
-	if cap(s.buf) > 64<<10 {
-		s.buf = nil // a burst must not be held for ever, times ten thousand
-	}
+	s.giveBack()
 	s.st.grown(s.size, time.Now())
 	return nil
 }

@@ -26,8 +26,12 @@ type cursorFile struct {
 }
 
 // load reads the number; 0 when there is no file yet, or an empty one as
-// mktemp(1) makes.
+// mktemp(1) makes. What cannot be noted later on is said here, before anything is
+// shown that would be shown again.
 func (c *cursorFile) load() (uint64, error) {
+	if err := c.locate(); err != nil {
+		return 0, err
+	}
 	text, err := os.ReadFile(c.path)
 	if errors.Is(err, os.ErrNotExist) {
 		return 0, nil
@@ -45,6 +49,23 @@ func (c *cursorFile) load() (uint64, error) {
 	}
 	c.saved = seq
 	return seq, nil
+}
+
+// locate follows symbolic links to the file, which would else be replaced and not
+// what they lead to, and turns down what is no file: root would replace /dev/null
+// for the whole machine, and a pipe without a writer would be waited for.
+func (c *cursorFile) locate() error {
+	if real, err := filepath.EvalSymlinks(c.path); err == nil {
+		c.path = real
+	}
+	if info, err := os.Stat(c.path); err == nil && !info.Mode().IsRegular() {
+		return fmt.Errorf("%s is no regular file, and cannot be a cursor; choose another with --cursor-file", c.path)
+	}
+	probe, err := createBeside(c.path)
+	if err != nil {
+		return fmt.Errorf("the cursor could not be noted: %w; choose another place with --cursor-file", err)
+	}
+	return errors.Join(probe.Close(), os.Remove(probe.Name()))
 }
 
 // keep runs show and saves the cursor beside it, every cursorInterval and at the
@@ -93,7 +114,7 @@ func (c *cursorFile) save() error {
 // the rename keeps a power cut from leaving an empty file, which would read as no
 // cursor and skip records.
 func writeReplacing(path string, line []byte) (err error) {
-	tmp, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
+	tmp, err := createBeside(path)
 	if err != nil {
 		return err
 	}
@@ -108,4 +129,9 @@ func writeReplacing(path string, line []byte) (err error) {
 		return err
 	}
 	return os.Rename(tmp.Name(), path)
+}
+
+// createBeside makes a file in the directory of path, to be renamed to it.
+func createBeside(path string) (*os.File, error) {
+	return os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
 }

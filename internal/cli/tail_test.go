@@ -294,7 +294,41 @@ func TestTailCursor(t *testing.T) {
 
 	cursor = filepath.Join(t.TempDir(), "no", "such", "place")
 	r, _ = tail(record(1, "1"))
-	r.want(t, ExitFailed, record(1, "1"), "noting the cursor")
+	r.want(t, ExitFailed, "", "choose another place with --cursor-file") // and nothing is shown that would come again
+}
+
+// The file is replaced at each save, which must befall no device, no pipe and no link.
+func TestTailCursorIsAFile(t *testing.T) {
+	dir := t.TempDir()
+	tail := func(cursor string) result {
+		var asked []bus.TailRequest
+		return run(t, streams(&asked, nil, record(2, "1")), []string{"bus", "tail", "--no-follow", "-o", "json", "--cursor-file", cursor})
+	}
+	pipe := filepath.Join(dir, "pipe")
+	if err := syscall.Mkfifo(pipe, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	toPipe := filepath.Join(dir, "to-pipe")
+	toFile, file := filepath.Join(dir, "to-file"), filepath.Join(dir, "file")
+	if err := errors.Join(os.Symlink(pipe, toPipe), os.Symlink(file, toFile), os.WriteFile(file, []byte("1\n"), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	for _, cursor := range []string{pipe, toPipe, dir} {
+		tail(cursor).want(t, ExitFailed, "", "no regular file")
+		if info, err := os.Lstat(pipe); err != nil || info.Mode().IsRegular() {
+			t.Fatalf("--cursor-file %s replaced it", cursor)
+		}
+	}
+	tail(toFile).want(t, ExitDone, record(2, "1"), "")
+	if got, err := os.ReadFile(file); err != nil || string(got) != "2\n" {
+		t.Errorf("the file that the link leads to holds %q (%v)", got, err)
+	}
+	if target, err := os.Readlink(toFile); err != nil || target != file {
+		t.Errorf("the link leads to %q (%v)", target, err)
+	}
+	if left, _ := filepath.Glob(filepath.Join(dir, ".*")); len(left) > 0 {
+		t.Errorf("files are left behind: %q", left)
+	}
 }
 
 // While following, the cursor is noted within a second of what was shown.

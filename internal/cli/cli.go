@@ -14,6 +14,7 @@ import (
 	"syscall"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"github.com/castrabus/castra/internal/wire"
 )
@@ -39,7 +40,10 @@ func Run(ctx context.Context, f *Factory, args []string) int {
 	root.SetOut(help)
 	root.SetErr(f.IO.Err)
 	parsed := false
-	root.PersistentPreRun = func(*cobra.Command, []string) { parsed = true }
+	root.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error {
+		parsed = true
+		return noneEmpty(cmd)
+	}
 	cmd, err := root.ExecuteContextC(ctx)
 	f.Close()
 	if err == nil {
@@ -107,6 +111,15 @@ error.`,
 		newVersionCmd(f),
 		newCompletionCmd(f),
 	)
+	root.InitDefaultHelpCmd()
+	help, _, _ := root.Find([]string{"help"}) // just made
+	help.Args = func(_ *cobra.Command, args []string) error {
+		cmd, rest, err := root.Find(args)
+		if err != nil || len(rest) == 0 {
+			return err
+		}
+		return unknownCommand(cmd, rest)
+	}
 	return root
 }
 
@@ -169,6 +182,17 @@ func noArgs(_ *cobra.Command, args []string) error {
 		return fmt.Errorf("one word too many: %q", args[0])
 	}
 	return nil
+}
+
+// noneEmpty turns down a flag that was given nothing. Taken for one that was not
+// given, --vm "$VM" of a script where VM is not set would reach every guest.
+func noneEmpty(cmd *cobra.Command) (err error) {
+	cmd.Flags().Visit(func(flag *pflag.Flag) {
+		if err == nil && flag.Value.Type() == "string" && flag.Value.String() == "" {
+			err = usageError(cmd, "--%s is given, but empty", flag.Name)
+		}
+	})
+	return err
 }
 
 // checkName turns down what can be no VM's name before castrad is asked, so that

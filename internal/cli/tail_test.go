@@ -90,6 +90,9 @@ func TestTailUsage(t *testing.T) {
 		"--topic a*":           "--topic",
 		"--topic a.>.b":        "--topic",
 		"--cursor-file":        "needs an argument",
+		"--cursor-file=":       "--cursor-file is given, but empty",
+		"--vm=":                "--vm is given, but empty",
+		"--until=":             "--until is given, but empty",
 		"--since now --from":   "needs an argument",
 	} {
 		run(t, &fakeClient{}, append([]string{"bus", "tail"}, strings.Fields(args)...)).want(t, ExitUsage, "", want)

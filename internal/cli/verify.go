@@ -37,9 +37,6 @@ no damage.`,
   castractl bus verify --log-dir /mnt/backup/castra --json`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if cmd.Flags().Changed("log-dir") && logDir == "" {
-				return usageError(cmd, "--log-dir takes a directory")
-			}
 			if logDir == "" {
 				var err error
 				if logDir, err = f.findLogDir(cmd); err != nil {

@@ -34,12 +34,13 @@ const (
 const (
 	CodeNoSuchVM     Code = "no-such-vm"
 	CodeVMExists     Code = "vm-exists"
+	CodePortTaken    Code = "port-taken" // by another VM's forward
 	CodeInvalidName  Code = "invalid-name"
 	CodeInvalidArg   Code = "invalid-argument"
 	CodeAccessDenied Code = "access-denied"
 	CodeNoAck        Code = "no-ack"
 	CodeShuttingDown Code = "shutting-down"
-	CodeNotHere      Code = "not-supported" // e.g. `vm add` asked of a guest's daemon
+	CodeNotHere      Code = "not-supported" // e.g. `vm add` asked of a guest's daemon, `vm remove` of a VM kept as a file
 	CodeInternal     Code = "internal"
 )
 

@@ -47,8 +47,9 @@ The key's file must be readable by the user that libvirt runs QEMU as, and by
 nobody else; where AppArmor or SELinux confines QEMU, that must allow it too.
 <oemStrings> would put the key into the process list.
 
-Exit codes: 0 done; 1 when a name is registered already or a key could not be
-written: that name is not registered then; 5 castrad is not to be had.`,
+Exit codes: 0 done; 1 when a name is registered already, a forwarded port leads
+to another VM, or a key could not be written: that name is not registered then;
+5 castrad is not to be had.`,
 		Example: `  castractl vm add web1
   castractl vm add --no-key --forward tcp:2222:22 old1
   castractl vm add -q --if-missing web1 --key-out /etc/vms/web1.key`,
@@ -59,6 +60,9 @@ written: that name is not registered then; 5 castrad is not to be had.`,
 			}
 			if o.keyOut != "" && len(names) > 1 {
 				return usageError(cmd, "--key-out takes one key, but %d VMs are to be added", len(names))
+			}
+			if len(o.forwards) > 0 && len(names) > 1 {
+				return usageError(cmd, "--forward leads to one VM, but %d are to be added", len(names))
 			}
 			for _, forward := range o.forwards {
 				if _, err := parseForward(forward); err != nil {

@@ -80,7 +80,7 @@ func TestCodesComeBack(t *testing.T) {
 	c := dial(t, dbusclient.Options{Address: address})
 	for _, code := range []bus.Code{
 		bus.CodeBadTopic, bus.CodeForbidden, bus.CodeTooManySubscriptions, bus.CodeRateLimited, bus.CodeStorageFull, bus.CodeUnsupportedType,
-		bus.CodeTooLarge, bus.CodeStorageStalled, bus.CodeBadFrame, bus.CodeNoSuchVM, bus.CodeVMExists, bus.CodeInvalidName, bus.CodeInvalidArg,
+		bus.CodeTooLarge, bus.CodeStorageStalled, bus.CodeBadFrame, bus.CodeNoSuchVM, bus.CodeVMExists, bus.CodePortTaken, bus.CodeInvalidName, bus.CodeInvalidArg,
 		bus.CodeAccessDenied, bus.CodeNoAck, bus.CodeShuttingDown, bus.CodeNotHere, bus.CodeInternal,
 	} {
 		_, err := c.Publish(t.Context(), bus.PublishRequest{Topic: string(code), Payload: []byte("1")})

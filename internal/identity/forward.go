@@ -1,6 +1,7 @@
 package identity
 
 import (
+	"errors"
 	"fmt"
 	"strconv"
 	"strings"
@@ -8,6 +9,8 @@ import (
 
 // maxForwards keeps a VM's file well below maxFile.
 const maxForwards = 1024
+
+var errPortTaken = errors.New("leads to another VM already")
 
 // checkForwards checks e's forwards, also against those of the other VMs: a port
 // of the host leads to one of them.
@@ -24,7 +27,7 @@ func (r *Registry) checkForwards(e Entry) error {
 		}
 		port := portOf(fwd)
 		if owner, taken := r.ports[port]; taken {
-			return fmt.Errorf("forward %s: the host's port %s leads to %s already; choose another", fwd, port, owner)
+			return fmt.Errorf("forward %s: the host's port %s %w, %s; choose another", fwd, port, errPortTaken, owner)
 		}
 		if own[port] {
 			return fmt.Errorf("forward %s: the host's port %s is given twice", fwd, port)

@@ -110,7 +110,11 @@ func (r *Registry) Add(req bus.AddVMRequest) (created bool, key []byte, err erro
 		return false, nil, err
 	}
 	if err := r.checkForwards(e); err != nil {
-		return false, nil, bus.Errorf(bus.CodeInvalidArg, "%v", err)
+		code := bus.CodeInvalidArg
+		if errors.Is(err, errPortTaken) {
+			code = bus.CodePortTaken
+		}
+		return false, nil, bus.Errorf(code, "%v", err)
 	}
 	if !req.NoKey {
 		e.Key = newKey()
@@ -195,7 +199,7 @@ func (r *Registry) Rekey(name string) (key []byte, err error) {
 func (r *Registry) changeable(name string) (Entry, error) {
 	e, known := r.Lookup(name)
 	if known && e.DropIn {
-		return Entry{}, bus.Errorf(bus.CodeInvalidArg, "%s is registered by %s; change or remove that file and run systemctl reload castrad", name, e.Source)
+		return Entry{}, bus.Errorf(bus.CodeNotHere, "%s is registered by %s; change or remove that file and run systemctl reload castrad", name, e.Source)
 	}
 	if !known {
 		e = Entry{Source: r.path(name)}

@@ -201,8 +201,8 @@ func TestRefusals(t *testing.T) {
 		{bus.AddVMRequest{Name: ".hidden"}, bus.CodeInvalidName, `".hidden"`},
 		{bus.AddVMRequest{Name: "a\x00b"}, bus.CodeInvalidName, `\x00`},
 		{bus.AddVMRequest{Name: strings.Repeat("a", wire.MaxName+1)}, bus.CodeInvalidName, "128"},
-		{bus.AddVMRequest{Name: "w", Forwards: []string{"tcp:8080:81"}}, bus.CodeInvalidArg, "leads to file1 already"},
-		{bus.AddVMRequest{Name: "w", Forwards: []string{"udp:53:1"}}, bus.CodeInvalidArg, "leads to web1 already"},
+		{bus.AddVMRequest{Name: "w", Forwards: []string{"tcp:8080:81"}}, bus.CodePortTaken, "leads to another VM already, file1"},
+		{bus.AddVMRequest{Name: "w", Forwards: []string{"udp:53:1"}}, bus.CodePortTaken, "leads to another VM already, web1"},
 		{bus.AddVMRequest{Name: "w", Forwards: []string{"tcp:1:1", "tcp:1:2"}}, bus.CodeInvalidArg, "given twice"},
 		{bus.AddVMRequest{Name: "w", Forwards: []string{"tcp:0:81"}}, bus.CodeInvalidArg, "tcp:HOSTPORT:GUESTPORT"},
 		{bus.AddVMRequest{Name: "w", Forwards: many}, bus.CodeInvalidArg, "too many"},
@@ -219,7 +219,7 @@ func TestRefusals(t *testing.T) {
 	}{
 		"web9":    {bus.CodeNoSuchVM, "vm list"},
 		"../x":    {bus.CodeNoSuchVM, "vm list"},
-		"file1":   {bus.CodeInvalidArg, "vms.d/file1.toml"},
+		"file1":   {bus.CodeNotHere, "vms.d/file1.toml"},
 		"broken1": {bus.CodeNoSuchVM, "vm list"},
 	} {
 		if err := r.Remove(name); code(err) != want.code || !strings.Contains(fmt.Sprint(err), want.says) {

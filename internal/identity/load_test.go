@@ -53,7 +53,7 @@ func TestRecords(t *testing.T) {
 		{"number", `{"vm":"number","key":7}`, `"key"`, nil},
 		{"created", `{"vm":"created","key":"","created":"now"}`, `"created"`, nil},
 		{"forward", `{"vm":"forward","key":"","forwards":["tcp:1"]}`, "tcp:HOSTPORT:GUESTPORT", nil},
-		{"taken", `{"vm":"taken","key":"","forwards":["tcp:1:2"]}`, "leads to keyed already", nil},
+		{"taken", `{"vm":"taken","key":"","forwards":["tcp:1:2"]}`, "leads to another VM already, keyed", nil},
 		{"half", `{"vm":"half","cre`, "broken", nil},
 		{"open", `{"vm":"open","key":""`, "ends too early", nil},
 		{"more", `{"vm":"more","key":""}{}`, "follows", nil},
@@ -142,7 +142,7 @@ func TestDropIns(t *testing.T) {
 		{"dirfile", "key_file = \"keys\"\n", "no regular file", nil},
 		{"shortfile", "key_file = \"keys/short\"\n", "key_file: holds no key", nil},
 		{"forward", "no_key = true\nforwards = [\"tcp:1\"]\n", "tcp:HOSTPORT:GUESTPORT", nil},
-		{"taken", "no_key = true\nforwards = [\"tcp:1:2\"]\n", "leads to inline already", nil},
+		{"taken", "no_key = true\nforwards = [\"tcp:1:2\"]\n", "leads to another VM already, inline", nil},
 		{"host", "no_key = true\n", "host's own", nil},
 	}
 	d := newDirs(t)
@@ -208,7 +208,7 @@ func TestDropInsWin(t *testing.T) {
 	if !slices.Equal(names(r), []string{"a1", "z1"}) || len(told) != 4 {
 		t.Errorf("registered are %q, told was %q", names(r), told)
 	}
-	for file, says := range map[string]string{"a1.json": "a1.toml decides about a1", "b1.json": "b1.toml decides about b1", "b1.toml": "kye", "c1.json": "leads to z1 already"} {
+	for file, says := range map[string]string{"a1.json": "a1.toml decides about a1", "b1.json": "b1.toml decides about b1", "b1.toml": "kye", "c1.json": "leads to another VM already, z1"} {
 		if !strings.Contains(told[file], says) {
 			t.Errorf("%s: told %q, want %q", file, told[file], says)
 		}

@@ -31,7 +31,7 @@ func readPayload(cmd *cobra.Command, source string) ([]byte, error) {
 	defer closeInput()
 	raw, err := io.ReadAll(io.LimitReader(in, maxInput+1))
 	if err != nil {
-		return nil, fmt.Errorf("reading the payload: %w", err)
+		return nil, unreadable(err)
 	}
 	if len(raw) > maxInput {
 		return nil, fmt.Errorf("the payload is over %d MiB, and may take %d bytes: store it elsewhere and publish where", maxInput>>20, wire.MaxPayload)
@@ -82,17 +82,24 @@ func openPayload(stdin io.Reader, source string) (io.Reader, func(), error) {
 	case strings.HasPrefix(source, "@"):
 		file, err := os.Open(source[1:])
 		if err != nil {
-			return nil, nil, fmt.Errorf("reading the payload: %w", err)
+			return nil, nil, unreadable(err)
 		}
 		return file, func() { _ = file.Close() }, nil // only read from
 	}
 	return strings.NewReader(source), func() {}, nil
 }
 
+func unreadable(err error) error {
+	return fmt.Errorf("reading the payload: %w; a file is given as @FILE, standard input as -", err)
+}
+
 // compactPayload checks a payload and strips it of white space that means nothing.
 func compactPayload(cmd *cobra.Command, raw []byte) ([]byte, error) {
 	payload, err := wire.Compact(raw)
-	if err != nil {
+	switch {
+	case len(bytes.TrimSpace(raw)) == 0:
+		return nil, usageError(cmd, "the payload is empty, which is no JSON: nothing at all is null")
+	case err != nil:
 		what := strings.TrimPrefix(err.Error(), wire.ErrProtocol.Error()+": ")
 		return nil, usageError(cmd, `the payload is not JSON: %s (text needs its own quotes: '"text"')`, what)
 	}

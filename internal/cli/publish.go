@@ -242,7 +242,7 @@ func (f *Factory) waitAck(ctx context.Context, o *publishOptions, seq uint64) er
 		return exitf(ExitUnreachable, "record %d is stored, but no guest acknowledged it within %v; %s", seq, timeout, whoListens(o.vm))
 	}
 	if err != nil {
-		return fmt.Errorf("waiting for record %d to be acknowledged: %w", seq, err)
+		return fmt.Errorf("record %d is stored; waiting for a guest to acknowledge it: %w", seq, err)
 	}
 	if f.IO.Terminal && !f.Quiet {
 		fmt.Fprintf(f.IO.Out, "acknowledged by %s\n", escape(vm))

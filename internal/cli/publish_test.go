@@ -72,6 +72,7 @@ func TestPublishUsage(t *testing.T) {
 		{"--id " + strings.Repeat("x", 129) + " 1", "--id takes"},
 		{"--wait-ack soon 1", "invalid argument"},
 		{"{", "not JSON"},
+		{"-", "the payload is empty"},
 		{"hello", "text needs its own quotes"},
 		{`{"a":1}{}`, "not JSON"},
 		{"--rows 1", "unknown flag"},

@@ -121,7 +121,7 @@ func (o *tailOptions) request(cmd *cobra.Command, now time.Time) (bus.TailReques
 	if o.until != "" {
 		until, err := parseMoment(o.until, now)
 		if err != nil {
-			return req, usageError(cmd, "--until: %w", err)
+			return req, usageError(cmd, "--until %q: %w", o.until, err)
 		}
 		req.Until = until
 		// What is wanted is all there already: the newest record is the end.
@@ -137,7 +137,7 @@ func (o *tailOptions) begin(cmd *cobra.Command, req *bus.TailRequest, now time.T
 	if flags.Changed("since") {
 		since, err := parseMoment(o.since, now)
 		if err != nil {
-			return usageError(cmd, "--since: %w", err)
+			return usageError(cmd, "--since %q: %w", o.since, err)
 		}
 		req.Since = since
 	}

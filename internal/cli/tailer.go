@@ -205,7 +205,10 @@ func (t *tailer) copy(in *bufio.Reader) error {
 			err = t.flush()
 		}
 		if err != nil {
-			return errors.Join(err, t.flush())
+			if ferr := t.flush(); !errors.Is(err, ferr) { // which a failed write leaves as it was
+				err = errors.Join(err, ferr)
+			}
+			return err
 		}
 	}
 }

@@ -9,8 +9,7 @@ import (
 	"time"
 )
 
-// The grammar of moments and spans is systemd.time(7)'s, as journalctl takes it,
-// without week days and without the names of time zones.
+// The grammar of moments and spans is systemd.time(7)'s, as journalctl takes it.
 
 // A month is 30.44 days and a year 365.25, as systemd.time(7) has it.
 const (
@@ -154,16 +153,23 @@ func parseRelative(s string, now time.Time) (t time.Time, ok bool, err error) {
 	return now.Add(sign * span), true, nil
 }
 
-// parseCalendar reads dates and times of day, with "UTC" or an RFC 3339 offset
-// behind them or now's zone.
+// parseCalendar reads dates and times of day, with a zone or an RFC 3339 offset
+// behind them or now's zone, and with the day of the week before them, as systemctl
+// and timedatectl print them.
 func parseCalendar(s string, now, midnight time.Time) (time.Time, error) {
 	if t, err := time.Parse(time.RFC3339Nano, s); err == nil {
 		return t, nil
 	}
 	zone := now.Location()
-	if rest, ok := strings.CutSuffix(s, " UTC"); ok {
-		s, zone = rest, time.UTC
-		midnight = now.UTC().Truncate(day)
+	if i := strings.LastIndexByte(s, ' '); i > 0 {
+		if named := zoneNamed(s[i+1:], now); named != nil {
+			s, zone = s[:i], named
+			y, m, d := now.In(zone).Date()
+			midnight = time.Date(y, m, d, 0, 0, 0, 0, zone)
+		}
+	}
+	if first, rest, _ := strings.Cut(s, " "); rest != "" && isWeekday(first) {
+		s = rest // which day the date is is the date's to say
 	}
 	for _, layout := range []string{"2006-01-02 15:04:05", "2006-01-02 15:04", "2006-01-02T15:04:05", "2006-01-02T15:04", "2006-01-02"} {
 		if t, err := time.ParseInLocation(layout, s, zone); err == nil {
@@ -177,6 +183,37 @@ func parseCalendar(s string, now, midnight time.Time) (time.Time, error) {
 		}
 	}
 	return time.Time{}, errMoment
+}
+
+// zoneNamed gives the zone of a name: UTC, one of the time zone database, or one of
+// the two that now's goes by through the year; nil: none.
+func zoneNamed(name string, now time.Time) *time.Location {
+	if name == "UTC" {
+		return time.UTC
+	}
+	for _, month := range []time.Month{time.January, time.July} {
+		at := time.Date(now.Year(), month, 1, 0, 0, 0, 0, now.Location())
+		if short, offset := at.Zone(); short == name {
+			return time.FixedZone(name, offset)
+		}
+	}
+	if !strings.Contains(name, "/") { // as LoadLocation takes it, "" and "Local" are zones too
+		return nil
+	}
+	zone, err := time.LoadLocation(name)
+	if err != nil {
+		return nil
+	}
+	return zone
+}
+
+func isWeekday(word string) bool {
+	for day := time.Sunday; day <= time.Saturday; day++ {
+		if full := day.String(); strings.EqualFold(word, full) || strings.EqualFold(word, full[:3]) {
+			return true
+		}
+	}
+	return false
 }
 
 // age writes how long ago something was, in at most nine columns; nil: never.

@@ -185,6 +185,7 @@ func tailRequest(args map[string]dbus.Variant) (req bus.TailRequest, err error) 
 		}
 	}
 	var since, until uint64
+	_, hasFrom := opts["from"]
 	_, hasSince := opts["since"]
 	_, hasUntil := opts["until"]
 	err = errors.Join(
@@ -210,6 +211,9 @@ func tailRequest(args map[string]dbus.Variant) (req bus.TailRequest, err error) 
 		if _, err := wire.ParsePattern(topic); err != nil {
 			return req, bus.Errorf(bus.CodeBadTopic, "topic %.*q: %s", wire.MaxTopic, topic, err)
 		}
+	}
+	if hasFrom && req.From == 0 {
+		req.From = 1 // the first that there is, and not the next: 0 means that no number is given
 	}
 	if hasSince {
 		req.Since = time.UnixMicro(int64(since))

@@ -259,6 +259,7 @@ func TestTailRequest(t *testing.T) {
 		{options: nil},
 		{options: map[string]any{"lines": uint64(10)}, want: bus.TailRequest{Lines: 10}},
 		{options: map[string]any{"all": true}, want: bus.TailRequest{All: true}},
+		{options: map[string]any{"from": uint64(0)}, want: bus.TailRequest{From: 1}},
 		{options: map[string]any{"since": uint64(1_000_000)}, want: bus.TailRequest{Since: time.Unix(1, 0)}},
 		{options: map[string]any{"since": ^uint64(0)}, err: "invalid-argument: since and until are"},
 		{options: map[string]any{"lines": uint64(1), "from": uint64(1)}, err: "invalid-argument: give one of lines, all, from and since"},

@@ -55,8 +55,8 @@ func (c *cursorFile) load() (uint64, error) {
 // what they lead to, and turns down what is no file: root would replace /dev/null
 // for the whole machine, and a pipe without a writer would be waited for.
 func (c *cursorFile) locate() error {
-	if real, err := filepath.EvalSymlinks(c.path); err == nil {
-		c.path = real
+	if target, err := filepath.EvalSymlinks(c.path); err == nil {
+		c.path = target
 	}
 	if info, err := os.Stat(c.path); err == nil && !info.Mode().IsRegular() {
 		return fmt.Errorf("%s is no regular file, and cannot be a cursor; choose another with --cursor-file", c.path)

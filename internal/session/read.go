@@ -290,7 +290,7 @@ func (s *Session) publish(w *workspace) {
 		return
 	}
 	if wait := s.guest.Allow(len(m.Payload)); wait > 0 {
-		a.RetryAfterMS = max(1, wait.Milliseconds())
+		a.RetryAfterMS = wholeMS(wait)
 		refuse(bus.CodeRateLimited, "more than this VM may publish; retry in %d ms", a.RetryAfterMS)
 		s.hold(&w.acks[len(w.acks)-1].ack)
 		s.noteLimited()

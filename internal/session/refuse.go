@@ -21,6 +21,12 @@ func refuse(a *wire.Ack, err error) {
 	a.Code, a.Reason, a.RetryAfterMS = string(r.Code), r.Reason, r.RetryAfter.Milliseconds()
 }
 
+// wholeMS gives a wait in milliseconds for a guest. A part of one counts whole: who
+// comes back after exactly that long must not be refused again.
+func wholeMS(wait time.Duration) int64 {
+	return int64((wait + time.Millisecond - 1) / time.Millisecond)
+}
+
 // Refuse gives the refusal that a caller is to see for an error of the broker
 // or of the log. The error is new: the caller may change it.
 func Refuse(err error) *bus.Error {

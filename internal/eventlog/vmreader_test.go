@@ -2,6 +2,7 @@ package eventlog
 
 import (
 	"errors"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -91,6 +92,59 @@ func TestVMReaderAfterFailedCopy(t *testing.T) {
 			next = rec.Seq + 1
 		}
 	}
+}
+
+// halfFS has room for a half of whatever is written below dir, while full.
+type halfFS struct {
+	FS
+	dir  string
+	full atomic.Bool
+}
+
+func (d *halfFS) OpenFile(name string, flag int, perm fs.FileMode) (File, error) {
+	f, err := d.FS.OpenFile(name, flag, perm)
+	if err == nil && strings.HasPrefix(name, d.dir) {
+		f = halfFile{f, d}
+	}
+	return f, err
+}
+
+type halfFile struct {
+	File
+	fs *halfFS
+}
+
+func (f halfFile) WriteAt(b []byte, off int64) (int, error) {
+	if !f.fs.full.Load() {
+		return f.File.WriteAt(b, off)
+	}
+	n, _ := f.File.WriteAt(b[:len(b)/2], off)
+	return n, syscall.ENOSPC
+}
+
+// A disk that is full in the middle of a line leaves whole lines in a VM's stream, for
+// whoever reads the file.
+func TestFullDiskLeavesWholeLines(t *testing.T) {
+	o := testOptions(t.TempDir())
+	disk := &halfFS{FS: OS, dir: o.PerVM.Dir}
+	o.FS = disk
+	told := make(chan error, 10)
+	o.PerVM.OnError = func(err error) { told <- err }
+	l := mustOpen(t, o)
+	defer mustClose(t, l)
+	publish(t, l, "web1", "t", "", "1")
+	copied(t, l)
+	disk.full.Store(true)
+	publish(t, l, "web1", "t", "", "2")
+	if err := <-told; !errors.Is(err, syscall.ENOSPC) {
+		t.Fatal(err)
+	}
+	data, err := os.ReadFile(filepath.Join(o.PerVM.Dir, "web1", segmentName(1)))
+	if err != nil || strings.Count(string(data), "\n") != 1 || !strings.HasSuffix(string(data), "\n") {
+		t.Errorf("%v: %q", err, data)
+	}
+	disk.full.Store(false)
+	copied(t, l)
 }
 
 // A reader that is closed where a gap was told, and used again, gives what is behind

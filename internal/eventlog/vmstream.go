@@ -192,7 +192,8 @@ func (p *perVM) flushStream(s *vmStream) error {
 		return err
 	}
 	if _, err := s.f.WriteAt(s.buf, s.size); err != nil {
-		return fmt.Errorf("writing the stream of %s: %w", s.vm, err)
+		// A part of a line must not stay: while the disk is full jq would stop at it.
+		return fmt.Errorf("writing the stream of %s: %w", s.vm, errors.Join(err, s.f.Truncate(s.size)))
 	}
 	s.size += int64(len(s.buf))
 	s.giveBack()

@@ -14,8 +14,9 @@ var (
 	// strangers are connections that got no session so far: how many a second are
 	// accepted, and how many at once. What waits does so in the kernel's queue, of
 	// which castrad.socket has 4096: an honest guest's turn comes well within the
-	// time that a handshake may take.
-	strangers = presence.Rate{Records: 1000, Burst: 1000, Bytes: 1}
+	// time that a handshake may take, also where that queue was full at first and its
+	// kernel had to ask again a second later.
+	strangers = presence.Rate{Records: 2000, Burst: 2000, Bytes: 1}
 
 	// refusals are answered at once as long as there are no more than these; then
 	// each answer waits for tarpitDelay. It costs nothing to wait.

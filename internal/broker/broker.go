@@ -153,7 +153,9 @@ func Open(opts Options) (*Broker, error) {
 	b.configureSessions(&settings)
 	b.ctx, b.cancel = context.WithCancel(context.Background())
 	b.ctx2, b.cancel2 = context.WithCancel(context.Background())
-	b.inherit(left)
+	if !b.inherit(left) {
+		b.work.Go(b.remember)
+	}
 	b.work.Go(func() { b.records.run(b.ctx2) })
 	b.work.Go(func() { b.cursors.run(b.ctx2, func(err error) { b.note(partCursors, err) }) })
 	b.work.Go(b.sweep)

@@ -26,8 +26,8 @@ const maxStateLine = 16 << 20
 
 // inherit takes over what the castrad before left, and knows then which of those
 // that it left reachable are to be announced as gone. Whatever is wrong with it,
-// the broker does without.
-func (b *Broker) inherit(left []string) {
+// the broker does without. It tells whether it has what that castrad knew.
+func (b *Broker) inherit(left []string) (taken bool) {
 	resumed := make(map[string]bool)
 	if b.opts.Inherit != nil {
 		began := time.Now()
@@ -35,6 +35,7 @@ func (b *Broker) inherit(left []string) {
 		if err != nil {
 			logging.HandOverFailed.On(b.log).WithError(err).Error("what the castrad before handed over cannot be used; its guests connect anew")
 		} else {
+			taken = true
 			logging.SessionsTakenOver.On(b.log).WithFields(logrus.Fields{"count": sessions, "took": time.Since(began).String()}).Info("sessions taken over from the castrad before")
 		}
 	}
@@ -43,6 +44,7 @@ func (b *Broker) inherit(left []string) {
 			b.left = append(b.left, presence.Change{VM: name, Reason: presence.ReasonRestarted})
 		}
 	}
+	return taken
 }
 
 // resume fills the table and starts the sessions. It notes in resumed whom nobody

@@ -71,10 +71,10 @@ func (b *Broker) forgetStrangers(ctx context.Context, now time.Time) error {
 		return err
 	}
 	b.leftBehind.Store(int64(len(found)))
-	// Who is remembered goes last: of him there may be an honest guest again.
+	// Who was heard of goes last: of him there may be an honest guest again.
 	known := make(map[string]bool)
 	for _, f := range found {
-		known[f.VM] = b.table.Has(f.VM)
+		known[f.VM] = b.table.Heard(f.VM)
 	}
 	slices.SortFunc(found, func(x, y eventlog.VMFiles) int {
 		switch {
@@ -99,6 +99,9 @@ func (b *Broker) forgetStrangers(ctx context.Context, now time.Time) error {
 		done := b.keepOut(f.VM)
 		if done == nil {
 			continue // he is here
+		}
+		if old {
+			b.table.Forget(f.VM) // or what is remembered of an earlier castrad's would stay for ever
 		}
 		err := b.forgetFiles(ctx, f.VM)
 		done()

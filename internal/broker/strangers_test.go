@@ -123,7 +123,7 @@ func TestStrangersAreForgotten(t *testing.T) {
 	if err := b.Close(); err != nil {
 		t.Fatal(err)
 	}
-	// The next castrad remembers no stranger. What is not too old stays.
+	// The next castrad has heard of no stranger. What is not too old stays.
 	o = options()
 	o.RetentionAge = time.Hour
 	b = start(t, o)

@@ -2,6 +2,7 @@ package presence
 
 import (
 	"slices"
+	"sync/atomic"
 	"time"
 )
 
@@ -164,6 +165,40 @@ func (t *Table) Resume(c *Carried, s Session, elapsed time.Duration) *VM {
 	}
 	t.touched[v.name] = struct{}{}
 	return v
+}
+
+// Remember takes in what was written down of a VM before the broker began, read from
+// [Last] as it was recorded. What was heard since stays. A name that is not in the table
+// is one that nobody registered, and comes in while there is room.
+func (t *Table) Remember(name string, last *Last) {
+	defer t.wake()
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	v := t.vms[name]
+	if v == nil {
+		if t.opts.MaxVMs > 0 && t.strange >= t.opts.MaxVMs {
+			return
+		}
+		v = &VM{name: name, table: t}
+		t.vms[name] = v
+		t.strange++
+	}
+	// By the wall clock, which may have been set back since: nothing is yet to come.
+	ago := func(at time.Time) int64 { return min(int64(at.Sub(t.began)), t.now()) }
+	unlessHeard := func(at *atomic.Int64, was time.Time) {
+		if !was.IsZero() {
+			at.CompareAndSwap(0, ago(was))
+		}
+	}
+	unlessHeard(&v.publish, last.Publish)
+	unlessHeard(&v.heartbeat, last.Heartbeat)
+	if v.subscribed.IsZero() {
+		v.subscribed = last.Subscribe
+	}
+	if v.handshake.IsZero() {
+		v.handshake, v.caps, v.reason = t.wall(ago(last.Handshake)), last.Capabilities, ReasonRestarted
+	}
+	t.touched[name] = struct{}{}
 }
 
 // patience is for how long a session that is taken over counts as silent at most.

@@ -19,7 +19,7 @@ const (
 	ReasonDisconnected = "disconnected" // its connection closed
 	ReasonSilent       = "silent"       // connected, or was until then, yet nothing heard for too long
 	ReasonExpired      = "expired"      // a handshake-only guest was not heard of again
-	ReasonRestarted    = "restarted"    // the broker ended without saying so, and begins with nobody
+	ReasonRestarted    = "restarted"    // the broker has begun anew, and not heard of it yet
 )
 
 // Change is a VM's transition from one state to the other.
@@ -407,6 +407,14 @@ func (t *Table) Has(name string) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return t.vms[name] != nil
+}
+
+// Heard tells whether anything was heard of the VM called name since the broker began.
+func (t *Table) Heard(name string) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	v := t.vms[name]
+	return v != nil && (v.reachable || v.reason != ReasonRestarted)
 }
 
 // SessionOf gives the live session of a VM, nil if there is none.

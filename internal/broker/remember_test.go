@@ -1,0 +1,67 @@
+package broker
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/castrabus/castra/internal/bus"
+	"github.com/castrabus/castra/internal/presence"
+)
+
+// What a castrad that ended wrote down of a VM is known to the next one: when it was last
+// heard of, and that it was. What the VM says by then is newer and stays.
+func TestLastHeardOfAcrossARestart(t *testing.T) {
+	o := testOptions(t, t.TempDir())
+	b := start(t, o)
+	g := connect(t, b.addr, "g")
+	g.send(`{"type":"publish","payload":1}`, `{"type":"heartbeat"}`)
+	g.expect(`{"ack":"publish"}`)
+	g.expect(`{"ack":"heartbeat"}`)
+	b.table.Know("new")
+	before, _ := b.table.Last("g")
+	if err := b.Close(); err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(b.records.dir, "g.json")
+	written, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(b.records.dir, "bad.json"), []byte(`{"timestamp":-1}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+
+	b = start(t, testOptions(t, filepath.Dir(o.StateDir)))
+	b.table.Know("new")
+	var vm bus.VM
+	eventually(t, "g is known", func() bool {
+		for _, vm = range b.table.Snapshot([]string{"g"}) {
+			return true
+		}
+		return false
+	})
+	if vm.Reachable || vm.Reason != presence.ReasonRestarted || vm.LastHandshakeAgeMS == nil || vm.LastPublishAgeMS == nil || vm.LastHeartbeatAgeMS == nil {
+		t.Errorf("it is %+v", vm)
+	}
+	if last, _ := b.table.Last("g"); last.Handshake.Unix() != before.Handshake.Unix() || last.Publish.Unix() != before.Publish.Unix() {
+		t.Errorf("last heard of at %v and %v, was %v and %v", last.Handshake, last.Publish, before.Handshake, before.Publish)
+	}
+	for _, vm := range b.table.Snapshot([]string{"new", "bad"}) {
+		if vm.VM != "new" || vm.Reason != presence.ReasonNeverSeen || vm.LastHandshakeAgeMS != nil {
+			t.Errorf("of what nothing is known: %+v", vm)
+		}
+	}
+	if now, err := os.ReadFile(file); err != nil || string(now) != string(written) {
+		t.Errorf("its file is %s, %v", now, err)
+	}
+	connect(t, b.addr, "g")
+	last, err := b.records.vms.read("g")
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.table.Remember("g", last) // read late
+	if vm := b.table.Snapshot([]string{"g"})[0]; !vm.Reachable || vm.Reason != "" {
+		t.Errorf("connected, it is %+v", vm)
+	}
+}

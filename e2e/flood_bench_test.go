@@ -194,28 +194,34 @@ func (f *flood) measure(castrad *exec.Cmd, d time.Duration) floodRate {
 }
 
 // BenchmarkAckedRate counts the records acknowledged a second, of each size from so
-// many guests; one more hears them.
+// many guests; one more hears them. Once they have ids, as castra-guestd's have.
 func BenchmarkAckedRate(b *testing.B) {
 	const outstanding = 256 << 10 // bytes of each guest's at most
+	run := func(name string, load floodLoad) {
+		b.Run(name, func(b *testing.B) {
+			l, castrad := benchLab(b, "")
+			f := l.flood(load)
+			time.Sleep(time.Second)
+			r := f.measure(castrad, 4*time.Second)
+			f.end()
+			b.ReportMetric(r.perSecond, "acked/s")
+			b.ReportMetric(r.perSecond*float64(load.size)/1e6, "payload-MB/s")
+			b.ReportMetric(r.heard, "heard/s")
+			b.ReportMetric(r.p50/1e3, "ack-p50-ms")
+			b.ReportMetric(r.p99/1e3, "ack-p99-ms")
+			b.ReportMetric(r.cpu, "cpu-s/100k")
+			b.ReportMetric(r.rss, "RSS-MiB")
+			b.ReportMetric(0, "ns/op")
+		})
+	}
 	for _, guests := range []int{1, 8, 64, 1000} {
 		for _, size := range []int{64, 256, 4 << 10, 32 << 10} {
-			b.Run(fmt.Sprintf("publishers=%d/payload=%d", guests, size), func(b *testing.B) {
-				l, castrad := benchLab(b, "")
-				f := l.flood(floodLoad{guests: guests, size: size, window: min(64, outstanding/size)})
-				time.Sleep(time.Second)
-				r := f.measure(castrad, 4*time.Second)
-				f.end()
-				b.ReportMetric(r.perSecond, "acked/s")
-				b.ReportMetric(r.perSecond*float64(size)/1e6, "payload-MB/s")
-				b.ReportMetric(r.heard, "heard/s")
-				b.ReportMetric(r.p50/1e3, "ack-p50-ms")
-				b.ReportMetric(r.p99/1e3, "ack-p99-ms")
-				b.ReportMetric(r.cpu, "cpu-s/100k")
-				b.ReportMetric(r.rss, "RSS-MiB")
-				b.ReportMetric(0, "ns/op")
-			})
+			run(fmt.Sprintf("publishers=%d/payload=%d", guests, size), floodLoad{guests: guests, size: size, window: min(64, outstanding/size)})
 		}
 	}
+	lasting := w2
+	lasting.lasting = true
+	run("ids", lasting)
 }
 
 // frames takes frames from a connection, as many at once as have come.

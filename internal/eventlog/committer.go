@@ -211,12 +211,11 @@ func (l *Log) add(b *Batch, e *Entry, when string, now time.Time) error {
 		c.chunk.runs = append(c.chunk.runs, uint32(len(c.chunk.offsets)))
 	}
 	c.newest = e
-	c.chunk.ids = c.chunk.ids || len(e.ID) > 0
 	c.chunk.offsets = append(c.chunk.offsets, uint32(start))
 	c.inside = append(c.inside, e)
 	e.Seq = c.next
 	if l.perVM != nil && len(e.ID) > 0 {
-		l.perVM.ids.add(c.next)
+		c.chunk.ids = append(c.chunk.ids, l.perVM.ids.add(c.next))
 	}
 	c.next++
 	return nil

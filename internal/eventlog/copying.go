@@ -20,7 +20,7 @@ func (p *perVM) copyNew() (err error) {
 	}()
 	var rec Record
 	for {
-		lines, ok, err := r.nextRun(&rec, maxBuffered)
+		run, ok, err := r.nextRun(&rec, maxBuffered)
 		var gap *Gap
 		if errors.As(err, &gap) {
 			continue // the host stream itself has lost it, and told so
@@ -29,8 +29,8 @@ func (p *perVM) copyNew() (err error) {
 			return err
 		}
 		if ok {
-			p.since += int64(len(lines))
-			if err := p.put(&rec, lines); err != nil {
+			p.since += int64(len(run.lines))
+			if err := p.put(&rec, run); err != nil {
 				return err
 			}
 		}
@@ -60,33 +60,31 @@ func (p *perVM) filesHold() (upTo uint64, whole bool) {
 	return upTo, upTo >= p.furthest.Load()
 }
 
-// put buffers rec, and the lines of those behind it that belong where it does.
-func (p *perVM) put(rec *Record, lines []byte) error {
+// put buffers a run, whose first record is rec.
+func (p *perVM) put(rec *Record, run run) error {
 	sender := string(rec.VM) != p.opts.Sender
 	if sender {
 		s, err := p.stream(rec.VM)
 		if err != nil {
 			return err
 		}
-		if err := p.append(s, rec.Seq, lines); err != nil {
+		if err := p.append(s, rec.Seq, run.lines); err != nil {
 			return err
 		}
 	}
-	if rec.ID != nil { // the host's too: it has no stream, and may retry
+	if len(run.ids) > 0 { // the host's too: it has no stream, and may retry
 		s, err := p.stream(rec.VM)
 		if err != nil {
 			return err
 		}
-		if err := s.addID(rec); err != nil {
-			return err
-		}
+		s.addIDs(run.ids)
 	}
 	if vm, ok := p.opts.Owner(rec.Topic); ok && !(sender && string(vm) == string(rec.VM)) {
 		s, err := p.stream(vm)
 		if err != nil {
 			return err
 		}
-		return p.append(s, rec.Seq, lines)
+		return p.append(s, rec.Seq, run.lines)
 	}
 	return nil
 }

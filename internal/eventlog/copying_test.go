@@ -2,6 +2,7 @@ package eventlog
 
 import (
 	"bytes"
+	"encoding/binary"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -48,7 +49,7 @@ func TestCopiesOfMixedCommits(t *testing.T) {
 			}
 		}
 	}
-	want := map[string][]byte{}
+	want, wantIDs := map[string][]byte{}, map[string][]byte{}
 	r := l.NewReader(1)
 	for rec := (Record{}); ; {
 		ok, err := r.Next(&rec)
@@ -57,6 +58,10 @@ func TestCopiesOfMixedCommits(t *testing.T) {
 		}
 		if !ok {
 			break
+		}
+		if rec.ID != nil {
+			key := hashID(bytes.Trim(rec.ID, `"`))
+			wantIDs[string(rec.VM)] = binary.BigEndian.AppendUint64(append(wantIDs[string(rec.VM)], key[:]...), rec.Seq)
 		}
 		owner, _ := o.PerVM.Owner(rec.Topic)
 		for _, vm := range []string{"web1", "web2"} {
@@ -67,6 +72,12 @@ func TestCopiesOfMixedCommits(t *testing.T) {
 	}
 	if err := l.finish(); err != nil {
 		t.Fatal(err)
+	}
+	for _, vm := range []string{"web1", "web2", "host"} {
+		got, err := os.ReadFile(filepath.Join(o.PerVM.IDDir, vm+idSuffix))
+		if err != nil || !bytes.Equal(got, wantIDs[vm]) || len(got) == 0 {
+			t.Errorf("the ids of %s take %d bytes, %v; want the %d of its own", vm, len(got), err, len(wantIDs[vm]))
+		}
 	}
 	for vm, want := range want {
 		paths, err := filepath.Glob(filepath.Join(o.PerVM.Dir, vm, "*"+segmentSuffix))

@@ -312,12 +312,13 @@ func (x *idIndex) lookup(b *Batch, e *Entry) (uint64, error) {
 }
 
 // add remembers the id of the last lookup under seq until rollback or commit.
-func (x *idIndex) add(seq uint64) {
+func (x *idIndex) add(seq uint64) idSeq {
 	t := x.looked
 	t.add(x.key, seq, x.window)
 	if t.fresh++; t.fresh == 1 {
 		x.pending = append(x.pending, t)
 	}
+	return idSeq{x.key, seq}
 }
 
 func (x *idIndex) commit() {

@@ -1,6 +1,7 @@
 package eventlog
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -127,20 +128,33 @@ func (r *Reader) Next(rec *Record) (bool, error) {
 	}
 }
 
+// run is records that follow each other, of one sender on one topic.
+type run struct {
+	lines []byte // with a newline each
+	ids   []idSeq
+}
+
 // nextRun is [Reader.Next] for whoever treats alike what one sender published on one
-// topic. lines are the record's own, and while memory has them those that follow it
-// with the same sender and topic; a record with an id comes alone. They end with a
-// newline each, take at most limit bytes unless it is one, and are valid as rec is.
-func (r *Reader) nextRun(rec *Record, limit int) (lines []byte, ok bool, err error) {
+// topic: run is of rec, and while memory has them of those that follow it, in at most
+// limit bytes unless it is one. It is valid as rec is.
+func (r *Reader) nextRun(rec *Record, limit int) (_ run, ok bool, err error) {
 	if ok, err = r.Next(rec); !ok || err != nil {
-		return nil, ok, err
+		return run{}, ok, err
 	}
 	if m := r.mem; m.has(rec.Seq) {
 		lines, n := m.run(int(rec.Seq-m.first), limit)
 		r.next = rec.Seq + uint64(n)
-		return lines, true, nil
+		return run{lines, m.idsOf(rec.Seq, n)}, true, nil
 	}
-	return append(rec.Line, '\n'), true, nil // in the buffer that it was read into there is one already
+	one := run{lines: append(rec.Line, '\n')} // in the buffer that it was read into there is one already
+	if rec.ID != nil {
+		var id string
+		if err := json.Unmarshal(rec.ID, &id); err != nil {
+			return run{}, false, fmt.Errorf("the id of record %d: %w", rec.Seq, err)
+		}
+		one.ids = []idSeq{{hashID([]byte(id)), rec.Seq}}
+	}
+	return one, true, nil
 }
 
 // fromDisk reads the next record from a segment. It gives false without an

@@ -12,7 +12,7 @@ type chunk struct {
 	data    []byte   // whole lines
 	offsets []uint32 // where each line begins in data; records are consecutive
 	runs    []uint32 // the lines whose sender or topic is not that of the line before
-	ids     bool     // a record in it has an id
+	ids     []idSeq  // of those records that have one
 }
 
 func (c *chunk) last() uint64 { return c.first + uint64(len(c.offsets)) - 1 }
@@ -30,15 +30,11 @@ func (c *chunk) line(i int) []byte {
 }
 
 // run gives the lines from the i-th on, newlines included, that have its sender and its
-// topic and no id; at most limit bytes, but always one line. n is how many they are.
+// topic; at most limit bytes, but always one line. n is how many they are.
 func (c *chunk) run(i, limit int) (lines []byte, n int) {
-	end := i + 1
-	if !c.ids {
-		if at, _ := slices.BinarySearch(c.runs, uint32(end)); at < len(c.runs) {
-			end = int(c.runs[at])
-		} else {
-			end = len(c.offsets)
-		}
+	end := len(c.offsets)
+	if at, _ := slices.BinarySearch(c.runs, uint32(i)+1); at < len(c.runs) {
+		end = int(c.runs[at])
 	}
 	start := int(c.offsets[i])
 	for {
@@ -52,6 +48,15 @@ func (c *chunk) run(i, limit int) (lines []byte, n int) {
 		end = i + (end-i+1)/2
 	}
 }
+
+// idsOf gives the ids of the n records from seq on.
+func (c *chunk) idsOf(seq uint64, n int) []idSeq {
+	from, _ := slices.BinarySearchFunc(c.ids, seq, compareSeq)
+	to, _ := slices.BinarySearchFunc(c.ids[from:], seq+uint64(n), compareSeq)
+	return c.ids[from : from+to]
+}
+
+func compareSeq(id idSeq, seq uint64) int { return cmp.Compare(id.seq, seq) }
 
 // Commit is what one commit added, for [Options.OnCommit].
 type Commit struct{ c *chunk }

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"container/list"
 	"encoding/binary"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -281,17 +280,13 @@ func syncIfThere(fsys FS, path string) error {
 	return errors.Join(f.Sync(), f.Close())
 }
 
-// addID buffers the entry for a record with an id.
-func (s *vmStream) addID(rec *Record) error {
-	var id string
-	if err := json.Unmarshal(rec.ID, &id); err != nil {
-		return fmt.Errorf("the id of record %d: %w", rec.Seq, err)
-	}
-	key := hashID([]byte(id))
+// addIDs buffers the entries for records with ids.
+func (s *vmStream) addIDs(ids []idSeq) {
 	s.p.fill(s)
-	s.ids = binary.BigEndian.AppendUint64(append(s.ids, key[:]...), rec.Seq)
-	s.p.buffered += idEntry // the host's are not in any stream's buffer
-	return nil
+	for i := range ids {
+		s.ids = binary.BigEndian.AppendUint64(append(s.ids, ids[i].key[:]...), ids[i].seq)
+	}
+	s.p.buffered += len(ids) * idEntry // the host's are not in any stream's buffer
 }
 
 // flushIDs writes the buffered entries, and the file anew when half of it is

@@ -1,7 +1,8 @@
-// Package backoff spaces out attempts at something that keeps failing.
+// Package backoff spaces out attempts at something that keeps failing, and waits.
 package backoff
 
 import (
+	"context"
 	"math/rand/v2"
 	"time"
 )
@@ -30,6 +31,16 @@ func NewWith(lowest, highest time.Duration, draw func(n int64) int64) *Backoff {
 func (b *Backoff) Next() time.Duration {
 	b.ceiling = min(b.max, 2*max(b.min, b.ceiling))
 	return b.min + time.Duration(b.draw(int64(b.ceiling-b.min)+1))
+}
+
+// Sleep waits for d, and not beyond ctx.
+func Sleep(ctx context.Context, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-ctx.Done():
+	}
 }
 
 // Reset begins anew, after a success that lasted.

@@ -8,6 +8,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/castrabus/castra/internal/backoff"
 	"github.com/castrabus/castra/internal/logging"
 	"github.com/castrabus/castra/internal/session"
 )
@@ -51,7 +52,7 @@ func (b *Broker) accept(l *listener) {
 					pause = acceptPause / 20
 				}
 			}
-			if sleep(b.ctx, pause); b.ctx.Err() != nil {
+			if backoff.Sleep(b.ctx, pause); b.ctx.Err() != nil {
 				return
 			}
 		}

@@ -6,6 +6,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/castrabus/castra/internal/backoff"
 	"github.com/castrabus/castra/internal/bus"
 	"github.com/castrabus/castra/internal/eventlog"
 	"github.com/castrabus/castra/internal/presence"
@@ -188,5 +189,5 @@ func (b *Broker) tellWatchers(touched []string) {
 			fn(bus.VM{VM: name}, removed)
 		}
 	}
-	sleep(b.ctx2, watchInterval)
+	backoff.Sleep(b.ctx2, watchInterval)
 }

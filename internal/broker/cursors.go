@@ -13,6 +13,7 @@ import (
 
 	"github.com/sirupsen/logrus"
 
+	"github.com/castrabus/castra/internal/backoff"
 	"github.com/castrabus/castra/internal/bus"
 	"github.com/castrabus/castra/internal/eventlog"
 	"github.com/castrabus/castra/internal/logging"
@@ -251,7 +252,7 @@ func (c *cursors) run(ctx context.Context, note func(error)) {
 		select {
 		case <-retry:
 		case <-c.wake:
-			sleep(ctx, max(cursorGather, cursorDelay-time.Since(written)))
+			backoff.Sleep(ctx, max(cursorGather, cursorDelay-time.Since(written)))
 		case <-ctx.Done():
 		}
 		err := c.flush()

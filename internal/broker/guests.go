@@ -10,6 +10,7 @@ import (
 
 	"github.com/sirupsen/logrus"
 
+	"github.com/castrabus/castra/internal/backoff"
 	"github.com/castrabus/castra/internal/eventlog"
 	"github.com/castrabus/castra/internal/logging"
 	"github.com/castrabus/castra/internal/presence"
@@ -86,7 +87,7 @@ func (b *Broker) pace(ctx context.Context, vm string) session.Decision {
 // waited waits. Who could not be told any more that he is let in is not.
 func waited(ctx context.Context, wait time.Duration) session.Decision {
 	if wait > 0 {
-		sleep(ctx, wait)
+		backoff.Sleep(ctx, wait)
 	}
 	if ctx.Err() != nil {
 		return session.Decision{Refuse: wire.ReasonReadTimeout}

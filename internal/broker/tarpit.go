@@ -4,6 +4,7 @@ import (
 	"context"
 	"time"
 
+	"github.com/castrabus/castra/internal/backoff"
 	"github.com/castrabus/castra/internal/presence"
 )
 
@@ -36,16 +37,6 @@ func (b *Broker) acceptable() { b.strangers.Spend(strangers, -1, time.Now()) }
 // tarpit holds the answer to a refused handshake back where there are many.
 func (b *Broker) tarpit(ctx context.Context) {
 	if b.refusals.Take(refusals, 0, time.Now()) > 0 {
-		sleep(ctx, tarpitDelay)
-	}
-}
-
-// sleep waits, not beyond ctx.
-func sleep(ctx context.Context, d time.Duration) {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-t.C:
-	case <-ctx.Done():
+		backoff.Sleep(ctx, tarpitDelay)
 	}
 }

@@ -13,6 +13,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/castrabus/castra/internal/backoff"
 	"github.com/castrabus/castra/internal/bus"
 	"github.com/castrabus/castra/internal/logging"
 	"github.com/castrabus/castra/internal/wire"
@@ -107,7 +108,7 @@ func (v *server) run(ctx context.Context) {
 				logging.AcceptFailed.On(v.agent.opts.Log).WithField("reason", plain(err).Error()).Error("cannot take clients of the local socket; trying on")
 			}
 			troubled = true
-			sleep(ctx, acceptPause)
+			backoff.Sleep(ctx, acceptPause)
 			continue
 		}
 		troubled = false
@@ -212,14 +213,4 @@ func refusalOf(err error) *bus.Error {
 		return refusal
 	}
 	return bus.Errorf(bus.CodeInternal, "%v", err)
-}
-
-// sleep waits, not beyond ctx.
-func sleep(ctx context.Context, d time.Duration) {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-t.C:
-	case <-ctx.Done():
-	}
 }

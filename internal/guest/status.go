@@ -8,6 +8,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/castrabus/castra/internal/backoff"
 	"github.com/castrabus/castra/internal/bus"
 	"github.com/castrabus/castra/internal/token"
 )
@@ -170,7 +171,7 @@ func (w *watchers) run(ctx context.Context) {
 			shown = vm
 			w.tell(vm)
 		}
-		sleep(ctx, noticeEvery)
+		backoff.Sleep(ctx, noticeEvery)
 	}
 }
 

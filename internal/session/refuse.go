@@ -18,7 +18,7 @@ func refuse(a *wire.Ack, err error) {
 	if r.Code == bus.CodeInternal || r.Code == bus.CodeShuttingDown {
 		r.Code, r.RetryAfter = bus.CodeStorageStalled, time.Second
 	}
-	a.Code, a.Reason, a.RetryAfterMS = string(r.Code), r.Reason, r.RetryAfter.Milliseconds()
+	a.Code, a.Reason, a.RetryAfterMS = string(r.Code), r.Reason, wholeMS(r.RetryAfter)
 }
 
 // wholeMS gives a wait in milliseconds for a guest. A part of one counts whole: who

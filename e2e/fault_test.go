@@ -137,12 +137,7 @@ func (f *faultLab) recovers(code string) {
 	f.Helper()
 	f.load.goOn(1000)
 	f.untilState("running")
-	f.load.finish()
-	f.serves()
-	f.replays()
-	f.quiet()
-	f.stop("castrad", f.castrad)
-	records := f.load.check()
+	records := f.ends()
 	for _, p := range f.load.all[:publishers] {
 		if n := p.dials.Load(); n != 1 {
 			f.Errorf("%s had %d sessions", p.vm, n)
@@ -153,6 +148,17 @@ func (f *faultLab) recovers(code string) {
 		f.Errorf("nothing was refused with %s", code)
 	}
 	f.Logf("%d refused with %s; %d records, %d acknowledged: none lost, none doubled", n, code, records, f.load.acked())
+}
+
+// ends stops publishers and castrad in good order, and counts the records: none is lost.
+func (f *faultLab) ends() (records int) {
+	f.Helper()
+	f.load.finish()
+	f.serves()
+	f.replays()
+	f.quiet()
+	f.stop("castrad", f.castrad)
+	return f.load.check()
 }
 
 // inject makes castrad's system calls fail as strace's -e inject=… says, those on
@@ -409,12 +415,7 @@ func TestFaultFullStart(t *testing.T) {
 		t.Errorf("%q is kept aside, %v", aside, err)
 	}
 	f.untilFile("castrad.log", "an unfinished write was cut off")
-	f.load.finish()
-	f.serves()
-	f.replays()
-	f.quiet()
-	f.stop("castrad", f.castrad)
-	records := f.load.check()
+	records := f.ends()
 	t.Logf("%d records, %d acknowledged: none lost, none doubled", records, f.load.acked())
 }
 

@@ -27,7 +27,11 @@ func (b *Broker) remember() {
 	bad, first := 0, err
 	for _, e := range entries {
 		vm, ok := strings.CutSuffix(e.Name(), ".json")
-		if !ok || !wire.ValidName(vm) || !b.registered(vm) && !b.settings.Load().AcceptUnknown {
+		if !ok || !wire.ValidName(vm) {
+			continue
+		}
+		registered := b.registered(vm)
+		if !registered && !b.settings.Load().AcceptUnknown {
 			continue
 		}
 		if b.ctx2.Err() != nil {
@@ -40,7 +44,7 @@ func (b *Broker) remember() {
 			if bad++; first == nil {
 				first = err
 			}
-		case !b.registered(vm) && b.opts.RetentionAge > 0 && time.Since(last.Handshake) > b.opts.RetentionAge:
+		case !registered && b.opts.RetentionAge > 0 && time.Since(last.Handshake) > b.opts.RetentionAge:
 			// forgetStrangers removes it
 		default:
 			b.table.Remember(vm, last)

@@ -90,9 +90,9 @@ func (l *Log) recover() (*Recovery, error) {
 	return rec, nil
 }
 
-// settle does what the start could not, most likely for want of room. Nothing is taken in before: the next
-// segment may have the name of the one whose tail is still in it, and while the files
-// of ids are not whole a retry would be stored twice.
+// settle does what the start could not, most likely for want of room. Nothing is taken
+// in before: the next segment may have the name of the one whose tail is still in it,
+// and while the files of ids are not whole a retry would be stored twice.
 func (l *Log) settle() error {
 	if torn := l.c.torn; torn != nil {
 		f, err := l.opts.FS.OpenFile(torn.File, os.O_RDWR, filePerm)

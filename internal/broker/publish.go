@@ -20,6 +20,17 @@ func (b *Broker) Append(ctx context.Context, batch *eventlog.Batch) error {
 	return b.events.Append(ctx, batch)
 }
 
+// AppendHere is Append by the goroutine that reads for the session, where that is free
+// to, and the delivery to the one session that hears of it. Before the goroutine waits,
+// for a disk or for that session's guest, heldUp is called with what became of the batch.
+func (b *Broker) AppendHere(ctx context.Context, batch *eventlog.Batch, heldUp func(error)) error {
+	led, err := b.events.AppendHere(ctx, batch, func() { heldUp(eventlog.ErrStalled) })
+	if led {
+		b.couriers.Help(func() { heldUp(nil) })
+	}
+	return err
+}
+
 // Publish stores a message of the host's and gives its number once it would
 // survive a power cut. The error is a *bus.Error.
 func (b *Broker) Publish(ctx context.Context, req bus.PublishRequest) (uint64, error) {

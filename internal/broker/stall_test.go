@@ -1,6 +1,7 @@
 package broker
 
 import (
+	"encoding/json"
 	"io/fs"
 	"strings"
 	"sync"
@@ -10,6 +11,7 @@ import (
 
 	"github.com/castrabus/castra/internal/bus"
 	"github.com/castrabus/castra/internal/eventlog"
+	"github.com/castrabus/castra/internal/wire"
 )
 
 // stuckFS is the machine's file system, whose disk a test can stop.
@@ -19,6 +21,7 @@ type stuckFS struct {
 	stopped chan struct{} // nil: it works
 	what    string        // the operation that blocks
 	fails   atomic.Bool   // the next sync of the host stream does
+	blocked atomic.Int32  // how many wait for it
 }
 
 // stop makes what block until the returned function is called.
@@ -43,7 +46,9 @@ func (s *stuckFS) wait(what string) {
 	}
 	s.mu.Unlock()
 	if ch != nil {
+		s.blocked.Add(1)
 		<-ch
+		s.blocked.Add(-1)
 	}
 }
 
@@ -135,18 +140,18 @@ func stuckBroker(t *testing.T) (*stuckFS, *running) {
 
 // unreadable starts a broker whose log has more on the topic t than is in memory, and
 // cannot be read until goOn is called.
-func unreadable(t *testing.T) (b *running, goOn func()) {
+func unreadable(t *testing.T) (disk *stuckFS, b *running, goOn func()) {
 	t.Helper()
-	disk, b := stuckBroker(t)
+	disk, b = stuckBroker(t)
 	bulk(t, b, "t", 300)
 	goOn = disk.stop("read")
 	t.Cleanup(goOn)
-	return b, goOn
+	return disk, b, goOn
 }
 
 // A disk that blocks a replay delays that session's deliveries alone.
 func TestStalledRead(t *testing.T) {
-	b, goOn := unreadable(t)
+	_, b, goOn := unreadable(t)
 	g := connect(t, b.addr, "g")
 	g.send(`{"type":"subscribe","topic":"t","from":1}`, `{"type":"heartbeat"}`)
 	g.expect(`{"ack":"subscribe","status":"ok"}`, `{"ack":"heartbeat","status":"ok"}`)
@@ -184,7 +189,7 @@ func TestStalledPresence(t *testing.T) {
 // However often a guest asks for a place in a log that cannot be read, it is looked
 // for by one.
 func TestStalledSubscribe(t *testing.T) {
-	b, goOn := unreadable(t)
+	_, b, goOn := unreadable(t)
 	g := connect(t, b.addr, "g")
 	const subscribe = `{"type":"subscribe","topic":"t","from":"2020-01-01T00:00:00Z"}`
 	g.send(subscribe, subscribe, `{"type":"heartbeat"}`)
@@ -203,13 +208,65 @@ func TestStalledSubscribe(t *testing.T) {
 // A change of subscriptions does not wait without an end for a disk that blocks the
 // deliveries: the heartbeats behind it are answered.
 func TestStalledReadChange(t *testing.T) {
-	b, _ := unreadable(t)
+	disk, b, _ := unreadable(t)
 	g := connect(t, b.addr, "g")
 	g.send(`{"type":"subscribe","topic":"t","from":1}`)
 	g.expect(`{"ack":"subscribe","status":"ok"}`)
+	eventually(t, "the deliveries wait", func() bool { return disk.blocked.Load() > 0 })
 	g.send(`{"type":"subscribe","topic":"u"}`, `{"type":"unsubscribe","topic":"t"}`, `{"type":"heartbeat"}`)
 	g.expect(`{"ack":"subscribe","status":"error","code":"storage-stalled"}`, `{"ack":"unsubscribe","status":"error","code":"storage-stalled"}`, `{"ack":"heartbeat","status":"ok"}`)
 	if n := len(b.topics.subscribers("u")); n != 0 {
 		t.Errorf("%d subscriptions are left of one that was refused", n)
+	}
+}
+
+// Who publishes alone commits on the goroutine that reads for the session. A disk that
+// keeps it does not keep the session: the publish and the heartbeat behind it are answered.
+func TestStalledOwnCommit(t *testing.T) {
+	disk, b := stuckBroker(t)
+	g := connect(t, b.addr, "g")
+	eventually(t, "it is announced", func() bool { return b.events.Committed() == 1 })
+	goOn := disk.stop("sync")
+	t.Cleanup(goOn)
+	const publish = `{"type":"publish","id":"1"}`
+	g.send(publish)
+	eventually(t, "the commit waits", func() bool { return disk.blocked.Load() > 0 })
+	g.send(`{"type":"heartbeat"}`, publish, `{"type":"heartbeat"}`)
+	const stalled, heard = `{"status":"error","code":"storage-stalled","id":"1"}`, `{"ack":"heartbeat","status":"ok"}`
+	g.expect(stalled, heard, stalled, heard)
+	goOn()
+	eventually(t, "it resumes", func() bool { return b.State() == "running" })
+	g.send(publish, publish)
+	g.expect(`{"status":"ok","seq":2}`, `{"status":"ok","seq":2}`)
+}
+
+// Who publishes alone delivers, too. A guest that reads nothing does not keep its
+// publisher, and misses nothing.
+func TestDeafSubscriber(t *testing.T) {
+	o := testOptions(t, t.TempDir())
+	shared, err := wire.ParsePattern("shared")
+	if err != nil {
+		t.Fatal(err)
+	}
+	o.GuestTopics = []wire.Pattern{shared}
+	b := start(t, o)
+	deaf, pub := connect(t, b.addr, "deaf"), connect(t, b.addr, "pub")
+	deaf.send(`{"type":"subscribe","topic":"shared"}`)
+	deaf.expect(`{"ack":"subscribe","status":"ok"}`)
+	const records = 400 // more than the kernel holds for a connection
+	publish := `{"type":"publish","topic":"shared","payload":"` + strings.Repeat("x", 60000) + `"}`
+	for range records {
+		pub.send(publish, `{"type":"heartbeat"}`)
+		pub.expect(`{"ack":"publish","status":"ok"}`, `{"ack":"heartbeat","status":"ok"}`)
+	}
+	for last, n := uint64(0), 0; n < records; n++ {
+		var d struct {
+			Topic string
+			Seq   uint64
+		}
+		if err := json.Unmarshal([]byte(deaf.next()), &d); err != nil || d.Topic != "shared" || d.Seq <= last {
+			t.Fatalf("%d: %+v behind %d, %v", n, d, last, err)
+		}
+		last = d.Seq
 	}
 }

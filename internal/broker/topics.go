@@ -74,7 +74,11 @@ func (b *Broker) committed(c eventlog.Commit) {
 	x.mu.RUnlock()
 	b.tails.wake()
 	if len(x.woken) > 0 {
-		b.couriers.Wake(x.woken...)
+		if len(x.woken) == 1 && c.Led() {
+			b.couriers.Leave(x.woken[0])
+		} else {
+			b.couriers.Wake(x.woken...)
+		}
 		clear(x.woken) // not to keep sessions alive
 		x.woken = x.woken[:0]
 	}

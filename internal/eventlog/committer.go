@@ -23,7 +23,7 @@ const (
 	expireInterval = 10 * time.Minute
 )
 
-// committer is what only the committer goroutine touches.
+// committer is what only who commits touches, that is, has [Log.turn].
 type committer struct {
 	file      File   // the newest segment; nil after a failed write
 	size      int64  // its bytes that are committed
@@ -33,6 +33,7 @@ type committer struct {
 	lastError error  // of the newest failed write
 	held      bool   // a segment is kept only because the VMs' streams are behind
 	torn      *Cut   // an unfinished tail that there was no room to keep aside; nil: none
+	led       bool   // it is a publisher who commits
 
 	group  []*Batch
 	chunk  *chunk   // being filled
@@ -43,7 +44,8 @@ type committer struct {
 	syncTimer, retryTimer, expireTimer *time.Timer
 }
 
-// run is the committer: the only writer of the log's files.
+// run is the committer: it writes what publishers have not written themselves, and
+// does all else there is to do with the log's files.
 func (l *Log) run() {
 	defer close(l.done)
 	c := &l.c
@@ -53,9 +55,11 @@ func (l *Log) run() {
 		case b := <-l.queue:
 			l.round(func() { l.commit(b) })
 		case <-l.around:
-			if c.held || l.released.Load() > 0 {
-				l.round(l.expire)
-			}
+			l.round(func() {
+				if c.held || l.released.Load() > 0 {
+					l.expire()
+				}
+			})
 		case <-c.syncTimer.C:
 			l.round(l.syncLazily)
 		case <-c.retryTimer.C:
@@ -71,6 +75,7 @@ func (l *Log) run() {
 					continue
 				default:
 				}
+				l.turn <- struct{}{} // for good
 				l.closeErr = l.shut()
 				return
 			}
@@ -80,9 +85,11 @@ func (l *Log) run() {
 
 // round is one piece of the committer's work, seen to end in time.
 func (l *Log) round(work func()) {
-	l.beginWrite()
+	l.turn <- struct{}{}
+	l.beginWrite(nil)
 	work()
 	l.endWrite()
+	<-l.turn
 }
 
 func stoppedTimer() *time.Timer {
@@ -150,7 +157,7 @@ func (l *Log) tell() {
 	}
 	for i, chunk := range c.fresh {
 		if l.opts.OnCommit != nil {
-			l.opts.OnCommit(Commit{chunk})
+			l.opts.OnCommit(Commit{chunk, c.led})
 		}
 		c.fresh[i] = nil // not to keep it longer than memory has room for it
 	}

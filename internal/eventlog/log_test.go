@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 )
 
@@ -307,5 +308,59 @@ func TestManyPublishers(t *testing.T) {
 	}
 	if len(next) != 16 {
 		t.Fatalf("%d publishers", len(next))
+	}
+}
+
+// Publishers that commit themselves, and others that have it done, take turns: every
+// record is told of once, in order, and each time it is known who did it.
+func TestAppendHere(t *testing.T) {
+	o := testOptions(t.TempDir())
+	var told uint64 // of who commits
+	led := map[bool]int{}
+	o.OnCommit = func(c Commit) {
+		if c.First() != told+1 {
+			t.Errorf("%d is told of behind %d", c.First(), told)
+		}
+		told = c.Last()
+		led[c.Led()]++
+	}
+	l := mustOpen(t, o)
+	var here atomic.Int32
+	var wg sync.WaitGroup
+	publish := func(vm string, commit func(b *Batch) error) {
+		b := &Batch{}
+		for i := range 500 {
+			b.Entries = []Entry{{VM: vm, Topic: []byte("t"), Payload: fmt.Append(nil, i)}}
+			if err := commit(b); err != nil || b.Entries[0].Err != nil {
+				t.Error(err, b.Entries[0].Err)
+			}
+		}
+	}
+	for p := range 8 {
+		wg.Go(func() {
+			publish(fmt.Sprint("vm", p), func(b *Batch) error {
+				if p%2 == 0 {
+					return l.Append(t.Context(), b)
+				}
+				led, err := l.AppendHere(t.Context(), b, func() { t.Error("nothing stalled") })
+				if led {
+					here.Add(1)
+				}
+				return err
+			})
+		})
+	}
+	wg.Wait()
+	own := &Batch{Entries: []Entry{{VM: "vm0", Topic: []byte("t")}}}
+	waitFor(t, "one that is alone does it himself", func() bool { // the committer may not have ended its round
+		led, err := l.AppendHere(t.Context(), own, nil)
+		return led && err == nil
+	})
+	mustClose(t, l)                                                                     // all is told of by then
+	if told != own.Entries[0].Seq || led[true] <= int(here.Load()) || led[false] == 0 { // one that fills a segment is told of twice
+		t.Errorf("told of %d, in commits %v, %d of them led and one alone", told, led, here.Load())
+	}
+	if led, err := l.AppendHere(t.Context(), own, nil); led || !errors.Is(err, ErrClosed) {
+		t.Errorf("closed: %v, %v", led, err)
 	}
 }

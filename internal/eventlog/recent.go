@@ -59,13 +59,20 @@ func (c *chunk) idsOf(seq uint64, n int) []idSeq {
 func compareSeq(id idSeq, seq uint64) int { return cmp.Compare(id.seq, seq) }
 
 // Commit is what one commit added, for [Options.OnCommit].
-type Commit struct{ c *chunk }
+type Commit struct {
+	c   *chunk
+	led bool
+}
 
 // First and Last give the numbers of the commit's records.
 func (c Commit) First() uint64 { return c.c.first }
 
 // Last gives the number of the commit's newest record.
 func (c Commit) Last() uint64 { return c.c.last() }
+
+// Led tells whether a publisher commits by [Log.AppendHere]: as soon as it is done with
+// this it is free to do more for the record.
+func (c Commit) Led() bool { return c.led }
 
 // Runs calls f for the first record of each run of one sender on one topic, in
 // order: whom one of them concerns the others concern as well.

@@ -19,9 +19,12 @@ func (g *stallGate) shut() bool {
 	}
 }
 
-// beginWrite and endWrite enclose each of the committer's rounds: all that it
-// asks of the disk, since any of it may block.
-func (l *Log) beginWrite() {
+// beginWrite and endWrite enclose each round of who commits: all that it
+// asks of the disk, since any of it may block. stuck is called if one does; nil: nothing is.
+func (l *Log) beginWrite(stuck func()) {
+	l.stallMu.Lock()
+	l.stuck = stuck
+	l.stallMu.Unlock()
 	l.writing.Store(max(1, int64(time.Since(l.startedAt))))
 	l.stall.Reset(l.opts.StallAfter)
 }
@@ -30,6 +33,7 @@ func (l *Log) endWrite() {
 	l.stall.Stop()
 	l.stallMu.Lock()
 	l.writing.Store(0)
+	l.stuck = nil
 	shut := l.gate.Load().shut()
 	if shut {
 		l.gate.Store(&stallGate{stalled: make(chan struct{})})
@@ -44,16 +48,21 @@ func (l *Log) endWrite() {
 // keeps it from shutting a gate that the end of that round has just left open,
 // which nothing would ever open again.
 func (l *Log) stalled() {
+	var stuck func()
 	l.stallMu.Lock()
 	gate := l.gate.Load()
 	late := l.Writing() >= l.opts.StallAfter && !gate.shut()
 	if late {
 		close(gate.stalled)
 		l.fault.Store(&stalledState)
+		stuck, l.stuck = l.stuck, nil
 	}
 	l.stallMu.Unlock()
 	if late {
 		l.stateChanged()
+	}
+	if stuck != nil {
+		stuck()
 	}
 }
 

@@ -19,8 +19,9 @@ type Couriers struct {
 	mu     sync.Mutex
 	wanted sync.Cond  // with mu: there is a session in queue, or closed
 	queue  []*Session // each at most once, see delivering
-	first  int        // queue's oldest
+	taken  int        // how many of queue have been attended to
 	idle   int        // how many wait for wanted, less those signalled
+	helped bool       // there is one in queue that Help has been promised for
 	closed bool
 	all    sync.WaitGroup
 }
@@ -60,12 +61,40 @@ func (c *Couriers) Wake(sessions ...*Session) {
 	c.call(n)
 }
 
+// Leave makes a session look for something to deliver as soon as somebody calls Help,
+// which the caller sees to.
+func (c *Couriers) Leave(s *Session) {
+	c.mu.Lock()
+	if s.deliveries.start() {
+		c.put(s)
+		c.helped = true
+	}
+	c.mu.Unlock()
+}
+
+// Help does a courier's work for one session. Who has committed a record is running
+// already, and a courier would have to be woken. away is called, once, before the
+// caller is kept waiting.
+func (c *Couriers) Help(away func()) {
+	var s *Session
+	c.mu.Lock()
+	if c.helped {
+		c.helped = false
+		s = c.first()
+	}
+	c.call(len(c.queue) - c.taken)
+	if s != nil {
+		w := &courier{of: c, away: away}
+		w.attend(s)
+	}
+}
+
 // put adds s to the queue. Call with mu.
 func (c *Couriers) put(s *Session) {
-	if len(c.queue) == cap(c.queue) && c.first > len(c.queue)/2 {
-		n := copy(c.queue, c.queue[c.first:])
+	if len(c.queue) == cap(c.queue) && c.taken > len(c.queue)/2 {
+		n := copy(c.queue, c.queue[c.taken:])
 		clear(c.queue[n:])
-		c.queue, c.first = c.queue[:n], 0
+		c.queue, c.taken = c.queue[:n], 0
 	}
 	c.queue = append(c.queue, s)
 }
@@ -91,22 +120,32 @@ func (c *Couriers) again(s *Session) {
 func (c *Couriers) next() *Session {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for c.first == len(c.queue) {
-		c.queue, c.first = c.queue[:0], 0
+	for {
+		if s := c.first(); s != nil {
+			return s
+		}
 		if c.closed {
 			return nil
 		}
 		c.idle++
 		c.wanted.Wait()
 	}
-	s := c.queue[c.first]
-	c.queue[c.first] = nil
-	c.first++
+}
+
+// first takes the oldest of the queue, nil if there is none. Call with mu.
+func (c *Couriers) first() *Session {
+	if c.taken == len(c.queue) {
+		c.queue, c.taken = c.queue[:0], 0
+		return nil
+	}
+	s := c.queue[c.taken]
+	c.queue[c.taken] = nil
+	c.taken++
 	return s
 }
 
 func (c *Couriers) work() {
-	w := &courier{of: c}
+	w := &courier{of: c, away: func() { c.all.Go(c.work) }}
 	for !w.left {
 		s := c.next()
 		if s == nil {
@@ -116,17 +155,18 @@ func (c *Couriers) work() {
 	}
 }
 
-// courier is one goroutine of Couriers.
+// courier is one goroutine of Couriers, or one that helps them.
 type courier struct {
 	of   *Couriers
-	left bool // another has its place
+	away func() // has another take its place
+	left bool   // that was called
 }
 
 // leave is called before waiting, of nil by those who are no couriers.
 func (w *courier) leave() {
 	if w != nil && !w.left {
 		w.left = true
-		w.of.all.Go(w.of.work)
+		w.away()
 	}
 }
 

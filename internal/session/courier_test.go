@@ -34,7 +34,7 @@ func TestCouriersQueue(t *testing.T) {
 	if most < 50 || cap(c.queue) > 8*most {
 		t.Errorf("the queue has room for %d, and %d were in it at most", cap(c.queue), most)
 	}
-	for _, s := range c.queue[:c.first] {
+	for _, s := range c.queue[:c.taken] {
 		if s != nil {
 			t.Fatal("it holds a session that was attended to")
 		}

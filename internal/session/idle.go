@@ -219,6 +219,7 @@ func (l *Idle) wake(w waiter) {
 var (
 	errNothing = errors.New("nothing to read yet")
 	errIdle    = errors.New("the session waits without a goroutine")
+	errHeldUp  = errors.New("another goroutine reads for the session")
 )
 
 // pause is called before each wait for the guest. It takes the goroutine from a session

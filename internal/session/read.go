@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/castrabus/castra/internal/bus"
@@ -45,8 +46,16 @@ var workspaces = sync.Pool{New: func() any {
 
 // run reads until the session is idle, or ends; then it says why.
 func (s *Session) run(early []byte) {
-	err := s.read(early)
-	if errors.Is(err, errIdle) {
+	var err error
+	if !s.woken {
+		err = s.pause(len(early) == 0, false) // a new one has nothing to do, as a rule
+	}
+	s.conclude(s.read(early, err))
+}
+
+// conclude is the end of whoever read, err being why.
+func (s *Session) conclude(err error) {
+	if errors.Is(err, errIdle) || errors.Is(err, errHeldUp) {
 		return
 	}
 	defer s.done()
@@ -117,13 +126,9 @@ func fatalCode(reason string) string {
 	}
 }
 
-// read serves bursts of frames until an error ends it, errIdle among them.
-func (s *Session) read(early []byte) error {
-	rest := early // an incomplete frame, held in no more room than it needs
-	var err error
-	if !s.woken {
-		err = s.pause(len(rest) == 0, false) // a new one has nothing to do, as a rule
-	}
+// read serves bursts of frames until an error ends it, errIdle among them. rest is an
+// incomplete frame, held in no more room than it needs.
+func (s *Session) read(rest []byte, err error) error {
 	for err == nil {
 		var ws *workspace
 		var n int
@@ -138,18 +143,23 @@ func (s *Session) read(early []byte) error {
 		if left, err = s.burst(&ws, ws.buf[:n]); err != nil {
 			return err
 		}
-		rest = append(rest[:0], left...)
-		if len(rest) == 0 {
-			rest = nil // an idle session holds no buffer
-		}
-		workspaces.Put(ws)
-		s.rest()
-		err = s.pause(len(rest) == 0, true)
+		rest, err = s.settle(ws, rest, left)
 	}
 	if !errors.Is(err, errIdle) { // else somebody else may be reading already
 		s.unread = rest
 	}
 	return err
+}
+
+// settle is the end of a burst: left is what remains of it, and rest is where to.
+func (s *Session) settle(ws *workspace, rest, left []byte) ([]byte, error) {
+	rest = append(rest[:0], left...)
+	if len(rest) == 0 {
+		rest = nil // an idle session holds no buffer
+	}
+	workspaces.Put(ws)
+	s.rest()
+	return rest, s.pause(len(rest) == 0, true)
 }
 
 const (
@@ -181,7 +191,7 @@ func (s *Session) burst(ws **workspace, data []byte) (left []byte, err error) {
 	for heard := false; ; heard = true {
 		frame, rest, err := wire.NextFrame(data)
 		if err == nil && frame == nil {
-			return s.flush(ws, rest)
+			return s.flushHere(ws, rest)
 		}
 		if err == nil && !heard {
 			s.guest.Heard() // a frame is a sign of life, a byte of one is not
@@ -305,16 +315,51 @@ func (s *Session) publish(w *workspace) {
 // flush commits the batch and writes the answers. It gives rest back, moved
 // where the batch, and with it the buffer, had to be left to the log.
 func (s *Session) flush(ws **workspace, rest []byte) ([]byte, error) {
+	var err error
+	if w := *ws; len(w.batch.Entries) > 0 {
+		// Not the session's context: what is queued will be committed.
+		err = s.broker.Append(context.Background(), &w.batch)
+	}
+	return s.answer(ws, rest, err)
+}
+
+// flushHere is flush at the end of a burst, where the goroutine may be kept for as long
+// as a disk or another guest takes. Then another one goes on, and this one gets errHeldUp.
+func (s *Session) flushHere(ws **workspace, rest []byte) ([]byte, error) {
+	w := *ws
+	if len(w.batch.Entries) == 0 {
+		return s.answer(ws, rest, nil)
+	}
+	var over atomic.Bool // who sets it goes on
+	err := s.broker.AppendHere(context.Background(), &w.batch, func(err error) {
+		if over.CompareAndSwap(false, true) {
+			go s.resume(w, rest, err)
+		}
+	})
+	if !over.CompareAndSwap(false, true) {
+		return nil, errHeldUp
+	}
+	return s.answer(ws, rest, err)
+}
+
+// resume goes on where flushHere was held up.
+func (s *Session) resume(w *workspace, rest []byte, err error) {
+	left, err := s.answer(&w, rest, err)
+	if err != nil {
+		s.conclude(err)
+		return
+	}
+	s.conclude(s.read(s.settle(w, nil, left)))
+}
+
+// answer writes the answers of a burst, err being what became of its batch.
+func (s *Session) answer(ws **workspace, rest []byte, err error) ([]byte, error) {
 	w := *ws
 	if len(w.acks) == 0 {
 		return rest, nil
 	}
-	var err error
-	if len(w.batch.Entries) > 0 {
-		// Not the session's context: what is queued will be committed.
-		if err = s.broker.Append(context.Background(), &w.batch); err == nil {
-			s.countPublished(w.batch.Entries)
-		}
+	if err == nil {
+		s.countPublished(w.batch.Entries)
 	}
 	w.out = w.out[:0]
 	failed := false

@@ -44,6 +44,10 @@ type Broker interface {
 
 	// Append commits a batch of s's records, see [eventlog.Log.Append].
 	Append(ctx context.Context, b *eventlog.Batch) error
+	// AppendHere is Append that may keep the caller for as long as a disk or another
+	// guest takes. Before it does, heldUp is called with what Append would have
+	// returned; the first call counts. It may come from any goroutine, and must not wait.
+	AppendHere(ctx context.Context, b *eventlog.Batch, heldUp func(error)) error
 	// Subscribe makes sub hear what is committed from now on.
 	Subscribe(sub *Subscription)
 	// Unsubscribe ends that.

@@ -53,7 +53,7 @@ packages: ## dist/*.deb and dist/*.rpm for amd64 and arm64, the same bytes on ev
 release-check: ## what a release would hold, into dist/, by goreleaser
 	cd packaging/goreleaser && go build -o ../../.run/goreleaser github.com/goreleaser/goreleaser/v2
 	.run/goreleaser check
-	.run/goreleaser release --snapshot --clean
+	CASTRA_VERSION=$(VERSION) .run/goreleaser release --snapshot --clean
 
 # Quicker: for this machine alone.
 .PHONY: packages-here

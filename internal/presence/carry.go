@@ -152,11 +152,14 @@ func (t *Table) Resume(c *Carried, s Session, elapsed time.Duration) *VM {
 	v.pace.setLevel(c.Handshakes, time.Now(), elapsed)
 	v.frame.Store(at(c.Frame))
 	v.reachable, v.reason = c.Reachable, c.Reason
+	t.lookAgain()
 	switch {
 	case s != nil:
 		t.live++
 		v.silent.Store(!c.Reachable)
-		v.frame.Store(max(v.frame.Load(), t.now()-int64(t.patience(c.Reachable))))
+		// What its guest said while nobody listened is about to be read, and must be before
+		// a sweep finds it silent: two are left.
+		v.frame.Store(max(v.frame.Load(), t.now()-int64(t.patience(c.Reachable)-2*t.interval())))
 	case !c.HandshakeOK:
 		v.remote, v.topics = "", nil
 		if c.Reachable {
@@ -199,15 +202,4 @@ func (t *Table) Remember(name string, last *Last) {
 		v.handshake, v.caps, v.reason = t.wall(ago(last.Handshake)), last.Capabilities, ReasonRestarted
 	}
 	t.touched[name] = struct{}{}
-}
-
-// patience is for how long a session that is taken over counts as silent at most.
-// What its guest said while nobody listened is about to be read, and must be
-// before a sweep: two are left. Call with the lock held.
-func (t *Table) patience(reachable bool) time.Duration {
-	deadline := t.opts.SessionTimeout
-	if reachable {
-		deadline = min(deadline, t.opts.ReachableWithin)
-	}
-	return deadline - 2*t.interval()
 }

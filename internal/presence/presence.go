@@ -62,7 +62,6 @@ type Table struct {
 	opts    Options
 	vms     map[string]*VM
 	live    int    // sessions
-	idle    bool   // no deadline could have passed at the last sweep, and nobody has come since
 	strange int    // VMs that nobody registered
 	arrival Bucket // of names that nobody registered
 	changes []Change
@@ -70,6 +69,11 @@ type Table struct {
 	refused refusals
 	// forgotten are the names that had to make room; see TakeForgotten.
 	forgotten []string
+
+	// Before when no deadline passes, and no VM has to be recorded, on the table's clock.
+	// What is heard only puts it off, so that ten thousand VMs need not be looked at each
+	// second.
+	nextDeadline, nextRecord int64
 }
 
 // New makes an empty table.
@@ -84,6 +88,7 @@ func New(opts Options) *Table {
 func (t *Table) Configure(opts Options) {
 	t.mu.Lock()
 	t.opts = opts
+	t.lookAgain()
 	t.mu.Unlock()
 	token.Leave(t.Configured)
 }
@@ -240,7 +245,7 @@ func (t *Table) Connect(name string, s Session, remote string, caps []string) (v
 		t.live++
 		v.rivals.calm(time.Now())
 	}
-	t.idle = false
+	t.lookAgain()
 	old, v.session = v.session, s
 	v.remote, v.caps, v.topics = remote, caps, nil
 	v.handshake, v.handshakeOK = time.Now(), false
@@ -295,7 +300,7 @@ func (t *Table) Attend(name, remote string, caps []string) bool {
 	if v == nil {
 		return false
 	}
-	t.idle = false
+	t.lookAgain()
 	v.handshake = time.Now()
 	t.admitted(name)
 	if v.session == nil { // a live session says more than a handshake
@@ -321,69 +326,10 @@ func (t *Table) awake(v *VM) {
 	t.mu.Lock()
 	if v.session != nil && v.silent.Swap(false) {
 		t.set(v, true, ReasonFrame)
+		t.lookAgain()
 	}
 	t.mu.Unlock()
 	t.wake()
-}
-
-// Sweep finds those not heard of for too long: VMs become unreachable, and
-// sessions that are over are told so. Call it every [Table.Interval].
-func (t *Table) Sweep() {
-	var over []Session
-	t.mu.Lock()
-	now, wall := t.now(), time.Now()
-	t.idle = true
-	for _, v := range t.vms {
-		if v.rivals.calm(wall) {
-			t.touched[v.name] = struct{}{}
-		}
-		t.idle = t.idle && v.session == nil && !v.reachable && v.rivals.fights == 0
-		switch {
-		case v.session != nil:
-			quiet := time.Duration(now - v.frame.Load())
-			if quiet > t.opts.SessionTimeout {
-				over = append(over, v.session)
-			}
-			if v.reachable && quiet > t.opts.ReachableWithin {
-				v.silent.Store(true)
-				if time.Duration(t.now()-v.frame.Load()) <= t.opts.ReachableWithin {
-					v.silent.Store(false) // it spoke just now, and did not see the word
-					continue
-				}
-				t.set(v, false, ReasonSilent)
-			}
-		case v.reachable && v.handshakeOK && time.Since(v.handshake) > t.opts.ReachableWithin:
-			v.handshakeOK = false
-			t.set(v, false, ReasonExpired)
-		}
-	}
-	changed := len(t.changes) > 0 || len(t.touched) > 0
-	t.mu.Unlock()
-	if changed {
-		t.wake()
-	}
-	for _, s := range over {
-		s.Expire()
-	}
-}
-
-// Interval is when to sweep next so that a deadline is met within a tenth of
-// itself, and at most a second late. Where there are none it is longer; whoever comes
-// in that time has his ahead of him still.
-func (t *Table) Interval() time.Duration {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.idle {
-		return max(t.interval(), min(idleInterval, t.opts.ReachableWithin/2, t.opts.SessionTimeout/2))
-	}
-	return t.interval()
-}
-
-// idleInterval bounds how long what goes with a sweep may wait where nobody is there.
-const idleInterval = 5 * time.Second
-
-func (t *Table) interval() time.Duration {
-	return max(20*time.Millisecond, min(time.Second, t.opts.ReachableWithin/10, t.opts.SessionTimeout/10))
 }
 
 // Changes takes the changes that have happened since the last call, in order,

@@ -285,6 +285,24 @@ func TestUnrecorded(t *testing.T) {
 		if want := []time.Duration{period, 2 * period, 3 * period}; !slices.Equal(at, want) {
 			t.Errorf("it was written at %v, want %v", at, want)
 		}
+		if next := time.Duration(tab.nextRecord - tab.now()); next > 0 { // the silent one may speak
+			t.Errorf("nothing is looked for in the next %v", next)
+		}
+		tab.Disconnect(vms[1], vms[1].session)
+		tab.Record("beats")
+		_ = tab.Unrecorded(period)
+		if next := time.Duration(tab.nextRecord - tab.now()); next != period {
+			t.Errorf("nothing is looked for in the next %v", next)
+		}
+		late, _, err := tab.Connect("gone", &fakeSession{}, "", nil) // recorded long ago
+		if err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Second)
+		late.Heard()
+		if got := tab.Unrecorded(period); !slices.Equal(got, []string{"gone"}) {
+			t.Errorf("one who comes back has %v written", got)
+		}
 	})
 }
 
@@ -327,4 +345,57 @@ func TestIdleInterval(t *testing.T) {
 			t.Errorf("when it has expired %v", got)
 		}
 	})
+}
+
+// Guests that beat are looked at when the first of them could be silent, and not before.
+// Whatever brings a deadline nearer is seen all the same.
+func TestNextDeadline(t *testing.T) {
+	opts := Options{ReachableWithin: 10 * time.Second, SessionTimeout: time.Minute}
+	connect := func(tab *Table, name string) *VM {
+		v, _, err := tab.Connect(name, &fakeSession{}, "", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return v
+	}
+	for name, c := range map[string]struct {
+		do   func(tab *Table) // after five seconds
+		late time.Duration    // how soon somebody is found silent then
+	}{
+		"nothing":           {func(*Table) {}, 5 * time.Second},
+		"a heartbeat":       {func(tab *Table) { tab.vms["beats"].Heard() }, 10 * time.Second},
+		"shorter deadlines": {func(tab *Table) { tab.Configure(Options{ReachableWithin: time.Second, SessionTimeout: time.Minute}) }, 0},
+		"another one, silent": {func(tab *Table) {
+			silent := 8 * time.Second
+			tab.vms["beats"].Heard()
+			tab.Resume(&Carried{VM: "old", Reachable: true, Handshake: &silent, Frame: &silent}, &fakeSession{}, 0)
+		}, 2 * time.Second},
+		"the silent one speaks": {func(tab *Table) {
+			sweepFor(tab, 7*time.Second)
+			tab.vms["beats"].Heard()
+			tab.Changes()
+		}, 10 * time.Second},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				tab := New(opts)
+				time.Sleep(time.Second)
+				connect(tab, "beats")
+				tab.Sweep()
+				if next := time.Duration(tab.nextDeadline - tab.now()); next != opts.ReachableWithin {
+					t.Errorf("the next deadline is in %v", next)
+				}
+				tab.Changes()
+				time.Sleep(5 * time.Second)
+				c.do(tab)
+				began := time.Now()
+				for len(states(tab)) == 0 {
+					sweepFor(tab, time.Second/10)
+				}
+				if late := time.Since(began) - c.late; late < 0 || late > 1100*time.Millisecond {
+					t.Errorf("after %v, want %v", time.Since(began), c.late)
+				}
+			})
+		})
+	}
 }

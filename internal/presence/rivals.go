@@ -64,6 +64,7 @@ func (t *Table) Contend(name string, most time.Duration) (wait time.Duration, ok
 	}
 	before := r.contended()
 	r.fights++
+	t.lookAgain()
 	if !r.contended() {
 		return 0, true, false
 	}

@@ -153,3 +153,22 @@ func TestRefusedOutlast(t *testing.T) {
 		t.Errorf("%d are listed: %v", len(found), found)
 	}
 }
+
+// A fight is over in time where no session's deadline has it looked at before.
+func TestContendedEndsInTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		tab := New(Options{ReachableWithin: time.Hour, SessionTimeout: time.Hour})
+		if _, _, err := tab.Connect("web1", &fakeSession{}, "127.0.0.1:1", nil); err != nil {
+			t.Fatal(err)
+		}
+		tab.Sweep()
+		for range freeReplacements + 1 {
+			tab.Contend("web1", time.Second)
+		}
+		tab.Changes()
+		sweepFor(tab, calmAfter+time.Second)
+		if _, touched := tab.Changes(); len(touched) == 0 || tab.Snapshot(nil)[0].Contended {
+			t.Errorf("%v changed, and it is contended: %v", touched, tab.Snapshot(nil)[0].Contended)
+		}
+	})
+}

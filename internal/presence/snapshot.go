@@ -156,12 +156,20 @@ func (t *Table) Unrecorded(period time.Duration) []string {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	now := t.now()
+	if now < t.nextRecord {
+		return nil
+	}
+	t.nextRecord = never
 	var names []string
 	for name, v := range t.vms {
-		if v.session != nil && v.recorded <= now-int64(period) && v.frame.Load() > v.recorded {
+		if v.session == nil {
+			continue
+		}
+		if v.recorded <= now-int64(period) && v.frame.Load() > v.recorded {
 			v.recorded = now
 			names = append(names, name)
 		}
+		t.nextRecord = min(t.nextRecord, v.recorded+int64(period))
 	}
 	return names
 }

@@ -238,15 +238,24 @@ func (r *recorder) writeDue() {
 		}
 		r.note(err)
 	}
+	if len(due) == 0 {
+		return
+	}
+	files, err := r.vms.files.Open()
+	if err != nil {
+		r.note(err)
+		return
+	}
 	for name := range due {
 		last, ok := r.table.Record(name)
 		switch {
 		case !ok: // forgotten: names that come once must not leave files for ever
-			r.note(r.vms.remove(name))
+			r.note(files.Remove(vmFile(name)))
 		case !last.Handshake.IsZero():
-			r.note(r.vms.write(name, &last))
+			r.note(r.vms.write(files, name, &last))
 		}
 	}
+	r.note(files.Close())
 }
 
 // replace gives path the contents data, whole or not at all.

@@ -30,9 +30,9 @@ func newVMFiles(dir string) vmFiles {
 }
 
 // write replaces a VM's file.
-func (f *vmFiles) write(name string, last *presence.Last) error {
+func (f *vmFiles) write(files *statefile.Files, name string, last *presence.Last) error {
 	f.buf = appendPadding(appendVMFile(f.buf[:0], name, last))
-	return f.files.Replace(vmFile(name), f.buf)
+	return files.Replace(vmFile(name), f.buf)
 }
 
 // vmFileUnit is what the length of a VM's file is a multiple of. A file that is as long
@@ -47,8 +47,6 @@ func appendPadding(b []byte) []byte {
 	}
 	return append(b, '\n')
 }
-
-func (f *vmFiles) remove(name string) error { return f.files.Remove(vmFile(name)) }
 
 func vmFile(name string) string { return name + ".json" }
 

@@ -33,36 +33,46 @@ type Replacer struct {
 	own  string // the directory within Spares that is used
 }
 
-// Replace gives the file called name the contents data. What is no file there, and can
-// not be replaced by one, is set aside. One goroutine at a time calls it for a name.
-func (r *Replacer) Replace(name string, data []byte) error {
-	spare, path := r.spares()+"/"+name, r.Dir+"/"+name
-	err := r.fill(spare, data)
+// Files are the files of a [Replacer] while it has their directories open. In those a
+// name is found sooner than by a path. Somebody may put other directories in their place,
+// so nobody keeps them open for long.
+type Files struct {
+	r          *Replacer
+	dir, spare int
+}
+
+// Open opens the directories. Close must follow.
+func (r *Replacer) Open() (*Files, error) {
+	dir, err := openDir(r.Dir)
+	if err != nil {
+		return nil, err
+	}
+	spare, err := openDir(r.spares())
 	if errors.Is(err, fs.ErrNotExist) { // the first time, or somebody has tidied up
 		if err = r.makeSpares(); err == nil {
-			err = r.fill(spare, data)
+			spare, err = openDir(r.spares())
 		}
 	}
 	if err != nil {
-		return fmt.Errorf("writing %s: %w", spare, err)
+		return nil, errors.Join(err, unix.Close(dir))
 	}
-	var st unix.Stat_t
-	if err := unix.Lstat(path, &st); err == nil {
-		switch st.Mode & unix.S_IFMT {
-		case unix.S_IFREG:
-			if unix.Renameat2(unix.AT_FDCWD, spare, unix.AT_FDCWD, path, unix.RENAME_EXCHANGE) == nil {
-				return nil
-			} // else the file system cannot, and a spare is made each time
-		case unix.S_IFDIR:
-			if _, err := SetAside(path); err != nil {
-				return err
-			}
-		}
+	return &Files{r: r, dir: dir, spare: spare}, nil
+}
+
+func openDir(path string) (int, error) {
+	fd, err := unix.Open(path, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return -1, &fs.PathError{Op: "open", Path: path, Err: err}
 	}
-	if err := unix.Rename(spare, path); err != nil {
-		return fmt.Errorf("renaming %s to %s: %w", spare, path, err)
-	}
-	return nil
+	return fd, nil
+}
+
+// Close closes the directories.
+func (f *Files) Close() error { return errors.Join(unix.Close(f.dir), unix.Close(f.spare)) }
+
+// exchange is a variable for the test of file systems that cannot.
+var exchange = func(spare int, name string, dir int) error {
+	return unix.Renameat2(spare, name, dir, name, unix.RENAME_EXCHANGE)
 }
 
 // spares gives the directory of the spares: that of an earlier run, or one to be made.
@@ -98,10 +108,32 @@ func (r *Replacer) makeSpares() error {
 	return os.MkdirAll(r.own, 0o750)
 }
 
+// Replace gives the file called name the contents data. A directory in its place is set
+// aside, at the next time. One goroutine at a time calls it for a name.
+func (f *Files) Replace(name string, data []byte) error {
+	if err := f.fill(name, data); err != nil {
+		return fmt.Errorf("writing %s/%s: %w", f.r.own, name, err)
+	}
+	if exchange(f.spare, name, f.dir) == nil {
+		return nil
+	}
+	// There is none yet, or the file system cannot, and a spare is made each time.
+	err := unix.Renameat(f.spare, name, f.dir, name)
+	if errors.Is(err, unix.EISDIR) {
+		if _, err = SetAside(f.r.Dir + "/" + name); err == nil {
+			err = unix.Renameat(f.spare, name, f.dir, name)
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("renaming %s/%s to %s: %w", f.r.own, name, f.r.Dir, err)
+	}
+	return nil
+}
+
 // Remove removes the file called name, if there is one.
-func (r *Replacer) Remove(name string) error {
+func (f *Files) Remove(name string) error {
 	var errs []error
-	for _, dir := range []string{r.spares(), r.Dir} {
+	for _, dir := range []string{f.r.own, f.r.Dir} {
 		if err := os.Remove(dir + "/" + name); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			errs = append(errs, err)
 		}
@@ -109,38 +141,40 @@ func (r *Replacer) Remove(name string) error {
 	return errors.Join(errs...)
 }
 
-// fill makes path a file that holds data: the one that is there, if that harms nobody.
-func (r *Replacer) fill(path string, data []byte) error {
-	// Straight system calls: an os.File takes six more, to see whether one could wait
-	// for it.
-	fd, err := unix.Open(path, unix.O_WRONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
-	if err == nil {
-		if reusable(fd, len(data)) {
+const fillFlags = unix.O_WRONLY | unix.O_CREAT | unix.O_NOFOLLOW | unix.O_NONBLOCK | unix.O_CLOEXEC
+
+// fill makes the spare called name a file that holds data: the one that is there, if
+// that harms nobody.
+func (f *Files) fill(name string, data []byte) error {
+	for created := 0; ; created = unix.O_EXCL {
+		// Straight system calls: an os.File takes six more, to see whether one could wait
+		// for it.
+		fd, err := unix.Openat(f.spare, name, fillFlags|created, uint32(f.r.Perm.Perm()))
+		switch {
+		case err == nil && (created != 0 || reusable(fd, len(data))):
 			return writeAndClose(fd, data)
+		case err == nil:
+			_ = unix.Close(fd)
+		case created != 0:
+			return err
 		}
-		_ = unix.Close(fd)
-	}
-	if !errors.Is(err, unix.ENOENT) {
-		if err := unix.Unlink(path); errors.Is(err, unix.EISDIR) {
-			if _, err := SetAside(path); err != nil {
+		if err := unix.Unlinkat(f.spare, name, 0); errors.Is(err, unix.EISDIR) {
+			// A directory that was in the place of the file: they have changed places.
+			if _, err := setAside(f.r.own+"/"+name, f.r.Dir+"/"+name); err != nil {
 				return err
 			}
 		}
 	}
-	fd, err = unix.Open(path, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL|unix.O_CLOEXEC, uint32(r.Perm.Perm()))
-	if err != nil {
-		return err
-	}
-	return writeAndClose(fd, data)
 }
 
 // reusable tells whether the open file may be written over by size bytes: it is as
-// long, so that a power cut leaves no half of one; it has no other name, as a snapshot
-// made of hard links gives it; and nobody has it open, who read it under its other name
-// when it was the newest. A lease is granted only then (F_SETLEASE, fcntl(2)).
+// long, so that a power cut leaves no half of one, or empty, as a new one is; it has no
+// other name, as a snapshot made of hard links gives it; and nobody has it open, who read
+// it under its other name when it was the newest. A lease is granted only then
+// (F_SETLEASE, fcntl(2)).
 func reusable(fd, size int) bool {
 	var st unix.Stat_t
-	if unix.Fstat(fd, &st) != nil || st.Mode&unix.S_IFMT != unix.S_IFREG || st.Nlink != 1 || st.Size != int64(size) {
+	if unix.Fstat(fd, &st) != nil || st.Mode&unix.S_IFMT != unix.S_IFREG || st.Nlink != 1 || st.Size != int64(size) && st.Size != 0 {
 		return false
 	}
 	_, err := unix.FcntlInt(uintptr(fd), unix.F_SETLEASE, unix.F_WRLCK)

@@ -1,6 +1,7 @@
 package statefile
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -21,11 +22,21 @@ func replacer(t testing.TB) *Replacer {
 	return r
 }
 
-func (r *Replacer) must(t testing.TB, data string) {
+// run has do work on the files.
+func (r *Replacer) run(t testing.TB, do func(*Files) error) {
 	t.Helper()
-	if err := r.Replace("f", []byte(data)); err != nil {
+	f, err := r.Open()
+	if err != nil {
 		t.Fatal(err)
 	}
+	if err := errors.Join(do(f), f.Close()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (r *Replacer) must(t testing.TB, data string) {
+	t.Helper()
+	r.run(t, func(f *Files) error { return f.Replace("f", []byte(data)) })
 	got, err := os.ReadFile(filepath.Join(r.Dir, "f"))
 	if err != nil || string(got) != data {
 		t.Fatalf("it holds %q, %v, and not %q", got, err, data)
@@ -61,23 +72,22 @@ func TestReplaceReuses(t *testing.T) {
 	if fd := int(spare.Fd()); reusable(fd, 3) || !reusable(fd, 2) {
 		t.Error("a file of another length is taken, or one of the same is not")
 	}
+	if err := spare.Truncate(0); err != nil || !reusable(int(spare.Fd()), 3) {
+		t.Errorf("an empty file is not taken, %v", err)
+	}
 	_ = spare.Close()
 	r.must(t, "longer")
 	if st, err := os.Stat(path); err != nil || st.Mode() != 0o640 {
 		t.Errorf("its mode is %v, %v", st.Mode(), err)
 	}
-	if err := r.Remove("f"); err != nil {
-		t.Fatal(err)
-	}
+	r.run(t, func(f *Files) error { return f.Remove("f") })
 	if left, _ := filepath.Glob(filepath.Dir(r.Dir) + "/*/f"); len(left) > 0 {
 		t.Errorf("left behind: %v", left)
 	}
 	if left, _ := filepath.Glob(r.spares() + "/*"); len(left) > 0 {
 		t.Errorf("left behind: %v", left)
 	}
-	if err := r.Remove("f"); err != nil {
-		t.Errorf("removing nothing: %v", err)
-	}
+	r.run(t, func(f *Files) error { return f.Remove("f") }) // nothing
 }
 
 // Who has a file open goes on reading what was in it.
@@ -120,11 +130,14 @@ func TestReplaceIsWhole(t *testing.T) {
 		}
 		done <- nil
 	}()
-	for i := range 3000 {
-		if err := r.Replace("f", []byte(strings.Repeat(string(rune('0'+i%10)), 3000))); err != nil {
-			t.Fatal(err)
+	r.run(t, func(f *Files) error {
+		for i := range 3000 {
+			if err := f.Replace("f", []byte(strings.Repeat(string(rune('0'+i%10)), 3000))); err != nil {
+				return err
+			}
 		}
-	}
+		return nil
+	})
 	end.Store(true)
 	if err := <-done; err != nil {
 		t.Error(err)
@@ -175,11 +188,43 @@ func TestReplaceWhatIsNoFile(t *testing.T) {
 				if got, err := os.ReadFile(victim); string(got) != "v0" {
 					t.Errorf("behind the link is %q, %v", got, err)
 				}
-				if _, err := os.Stat(path + ".aside-1/kept"); name == "a directory" && err != nil {
+				if _, err := os.Stat(r.Dir + "/f.aside-1/kept"); name == "a directory" && err != nil {
 					t.Error(err)
 				}
 			})
 		}
+	}
+}
+
+// Where two files cannot change places each is a new one.
+func TestReplaceWithoutExchange(t *testing.T) {
+	defer func(was func(int, string, int) error) { exchange = was }(exchange)
+	exchange = func(int, string, int) error { return syscall.EINVAL }
+	r := replacer(t)
+	if err := os.MkdirAll(r.Dir+"/f/kept", 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for i := range 3 {
+		r.must(t, fmt.Sprintf("a%d", i))
+	}
+	if _, err := os.Stat(r.Dir + "/f.aside-1/kept"); err != nil {
+		t.Error(err)
+	}
+}
+
+// Whoever removes the directory of the spares, or puts another one in the place of that
+// of the files, finds files in them again.
+func TestReplaceFollowsDirectories(t *testing.T) {
+	r := replacer(t)
+	for i, move := range []func() error{
+		func() error { return os.RemoveAll(r.Spares) },
+		func() error { return os.Rename(r.Dir, r.Dir+".old") },
+	} {
+		r.must(t, fmt.Sprintf("a%d", i))
+		if err := errors.Join(move(), os.MkdirAll(r.Dir, 0o750)); err != nil {
+			t.Fatal(err)
+		}
+		r.must(t, fmt.Sprintf("b%d", i))
 	}
 }
 
@@ -188,11 +233,14 @@ func BenchmarkReplace(b *testing.B) {
 	r := replacer(b)
 	data := []byte(strings.Repeat("x", 250))
 	all := func() {
-		for i := range files {
-			if err := r.Replace(fmt.Sprintf("%d.json", i), data); err != nil {
-				b.Fatal(err)
+		r.run(b, func(f *Files) error {
+			for i := range files {
+				if err := f.Replace(fmt.Sprintf("%d.json", i), data); err != nil {
+					return err
+				}
 			}
-		}
+			return nil
+		})
 	}
 	all() // the file
 	all() // and its spare

@@ -42,11 +42,14 @@ func Read(path string, limit int64, flags int) ([]byte, error) {
 
 // SetAside renames what is at path, so that there is room for a file and nothing is
 // lost, and gives its new name.
-func SetAside(path string) (string, error) {
+func SetAside(path string) (string, error) { return setAside(path, path) }
+
+// setAside is SetAside where what was at path is at now.
+func setAside(now, path string) (string, error) {
 	for i := 1; ; i++ {
 		name := fmt.Sprintf("%s.aside-%d", path, i)
 		if _, err := os.Lstat(name); errors.Is(err, os.ErrNotExist) {
-			return name, os.Rename(path, name)
+			return name, os.Rename(now, name)
 		}
 	}
 }

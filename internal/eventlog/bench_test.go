@@ -30,7 +30,8 @@ func BenchmarkAppend(b *testing.B) {
 	for _, publishers := range []int{1, 10, 64, 256, 1000} {
 		for _, size := range []int{64, 256, 4 << 10, 32 << 10} {
 			b.Run(fmt.Sprintf("publishers=%d/payload=%d", publishers, size), func(b *testing.B) {
-				l := openBench(b, Options{Dir: b.TempDir(), SegmentSize: benchSegment, Retention: 1 << 30})
+				dir := b.TempDir()
+				l := openBench(b, Options{Dir: dir, Journal: filepath.Join(dir, "journal"), SegmentSize: benchSegment, Retention: 1 << 30})
 				defer closeBench(b, l)
 				benchAppend(b, l, publishers, size)
 			})

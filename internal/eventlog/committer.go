@@ -26,8 +26,11 @@ const (
 // committer is what only who commits touches, that is, has [Log.turn].
 type committer struct {
 	file      File   // the newest segment; nil after a failed write
+	first     uint64 // its first number
 	size      int64  // its bytes that are committed
 	reserved  int64  // its bytes that blocks are reserved for; -1: the file system cannot
+	backed    int64  // reserved as it was when the segment was synced last
+	journal   journal
 	next      uint64 // the number of the next record
 	failures  int    // writes failed since the last one that succeeded
 	lastError error  // of the newest failed write
@@ -246,7 +249,7 @@ func (l *Log) flush(now time.Time) error {
 	l.reserve()
 	_, err := c.file.WriteAt(c.chunk.data, c.size)
 	if err == nil && l.opts.SyncEvery == 0 {
-		err = c.file.Sync()
+		err = c.syncChunk()
 	}
 	if err != nil {
 		return l.fail(err)
@@ -303,6 +306,11 @@ func (l *Log) rotate() error {
 // openNext begins the segment of the next record.
 func (l *Log) openNext() error {
 	c := &l.c
+	if c.journal.file == nil {
+		if err := c.journal.renew(); err != nil {
+			return err
+		}
+	}
 	f, err := l.stream.create(c.next)
 	if err != nil {
 		return err
@@ -312,7 +320,7 @@ func (l *Log) openNext() error {
 	if err := l.stream.syncDir(); err != nil {
 		return errors.Join(err, f.Close())
 	}
-	c.file, c.size, c.reserved = f, 0, 0
+	c.file, c.first, c.size, c.reserved, c.backed = f, c.next, 0, 0, 0
 	l.expire()
 	return nil
 }
@@ -328,13 +336,13 @@ func (c *committer) closeFile() error {
 	return errors.Join(f.Truncate(c.size), f.Close())
 }
 
-// sync makes everything committed durable.
+// sync makes everything committed durable in the segment.
 func (l *Log) sync() error {
 	committed := l.committed.Load()
-	if l.durable.Load() == committed || l.c.file == nil {
+	if l.c.file == nil || l.durable.Load() == committed && !l.c.journal.ahead {
 		return nil
 	}
-	if err := l.c.file.Sync(); err != nil {
+	if err := l.c.syncSegment(); err != nil {
 		return mayBeLost(l.durable.Load(), committed, err)
 	}
 	l.durable.Store(committed)
@@ -388,9 +396,9 @@ func (l *Log) shut() error {
 
 // finish is shut without ending goroutines.
 func (l *Log) finish() error {
-	err := l.sync()
+	err := errors.Join(l.sync(), l.mend())
 	if l.perVM != nil {
 		err = errors.Join(err, l.perVM.finish())
 	}
-	return errors.Join(err, l.c.closeFile())
+	return errors.Join(err, l.c.closeFile(), l.c.journal.end())
 }

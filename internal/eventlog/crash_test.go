@@ -31,6 +31,9 @@ type crashLife struct {
 	faults int  // so far
 	opened bool // it has been open before: its directories are there
 	full   bool // the disk has no room just now
+	plain  bool // records of one size: what is left in the journal of an earlier round begins where the newest one ends
+	boots  int
+	stale  bool // the journal has what was refused, and could not be removed: that may need room
 	inodes bool // nor for a file
 
 	log *Log
@@ -86,6 +89,12 @@ func newCrashLife(seed uint64) *crashLife {
 	c.opts = testOptions("/log/bus")
 	c.opts.FS, c.opts.SegmentSize, c.opts.Retention, c.opts.Recent = c.disk, 2048, 10<<10, 4096
 	c.opts.PerVM.SegmentSize, c.opts.PerVM.Retention, c.opts.PerVM.idWindow = 1024, 4096, crashIDWindow
+	if rng.IntN(4) > 0 {
+		c.opts.Journal, c.opts.journalSize, c.opts.SegmentSize = "/log/journal", 1024<<rng.IntN(3), 2048<<rng.IntN(2)
+		c.opts.Recent = 16 << 10 // all that is in the journal, as it is with the sizes of castrad
+	}
+	c.plain = seed%crashKinds != crashLazy && rng.IntN(4) == 0
+	c.boot()
 	c.opts.PerVM.together = 1 + rng.IntN(len(crashVMs)) // one by one, or all at once
 	c.opts.OnCut = c.wasCut
 	c.opts.OnDamage = func(d Damage) { c.violated("damage at %d of %s", d.Offset, d.File) }
@@ -99,6 +108,12 @@ func newCrashLife(seed uint64) *crashLife {
 	return c
 }
 
+// boot starts the machine anew.
+func (c *crashLife) boot() {
+	c.boots++
+	c.opts.Boot = fmt.Sprintf("%032x", c.boots)
+}
+
 func (c *crashLife) violated(format string, args ...any) {
 	panic(violation(fmt.Sprintf(format, args...)))
 }
@@ -106,9 +121,7 @@ func (c *crashLife) violated(format string, args ...any) {
 // fault notes what expires, and fails now and then.
 func (c *crashLife) fault(op, path string) error {
 	if c.full {
-		_, segment := segmentFirst(filepath.Base(path))
-		over := segment && filepath.Dir(path) == c.opts.Dir // recovery writes it over itself
-		if op == "mkdir" || op == "write" && !over || op == "create" && c.inodes {
+		if op == "mkdir" || op == "create" && c.inodes {
 			return syscall.ENOSPC
 		}
 	}
@@ -142,7 +155,12 @@ func (c *crashLife) live(crashes int) (broken violation) {
 		if broken = c.run(c.rng.IntN(40)); broken != "" {
 			return broken
 		}
-		c.disk.crash(c.rng.IntN(4) > 0)
+		power := c.rng.IntN(4) > 0
+		boot := power && c.rng.IntN(8) > 0 // else the disk went away, and was mounted again
+		c.disk.crash(power, boot)
+		if boot {
+			c.boot()
+		}
 	}
 	return c.run(0)
 }
@@ -162,7 +180,7 @@ func (c *crashLife) run(steps int) (broken violation) {
 		default:
 			panic(r)
 		}
-		if c.log != nil {
+		if c.stale = c.log != nil && c.log.c.journal.stale; c.log != nil {
 			c.synced = max(c.synced, c.log.Durable())
 		}
 		c.log = nil
@@ -170,10 +188,14 @@ func (c *crashLife) run(steps int) (broken violation) {
 	c.checkCut()
 	c.noteTail()
 	// Without one of the syncs it may be that only the full disk is in the way.
-	c.full, c.inodes = c.opened && c.disk.ignored == "" && c.rng.IntN(4) == 0, c.rng.IntN(2) == 0
+	c.full, c.inodes = c.opened && !c.stale && c.disk.ignored == "" && c.rng.IntN(4) == 0, c.rng.IntN(2) == 0
+	c.disk.noRoom = c.full
 	l, rec, err := open(c.opts)
 	if err != nil {
 		c.violated("opening: %v", err)
+	}
+	if rec.Journal != nil {
+		c.violated("%v", rec.Journal)
 	}
 	c.opened = true
 	if rec.Cut != nil {
@@ -221,7 +243,7 @@ func (c *crashLife) makeRoom(l *Log) {
 			c.violated("a record is taken, and there is no room")
 		}
 	}
-	c.full = false
+	c.full, c.disk.noRoom = false, false
 	if late {
 		if p.late() != nil {
 			if err := p.goOn(); err != nil {
@@ -284,9 +306,13 @@ func (c *crashLife) allow(what string, err error) {
 // publish commits a few batches together, and reads what came of it.
 func (c *crashLife) publish(l *Log) {
 	var batches []*Batch
-	for range 1 + c.rng.IntN(3) {
+	most := 3
+	if c.plain {
+		most = 1
+	}
+	for range 1 + c.rng.IntN(most) {
 		b := &Batch{done: make(chan struct{}, 1)}
-		for range 1 + c.rng.IntN(3) {
+		for range 1 + c.rng.IntN(most) {
 			b.Entries = append(b.Entries, c.entry())
 		}
 		batches = append(batches, b)
@@ -348,12 +374,15 @@ func (c *crashLife) entry() Entry {
 	c.payloads++
 	size := c.rng.IntN(250)
 	if c.rng.IntN(50) == 0 {
-		size = 3000 // longer than a segment
+		size = 5000 // longer than a segment
+	}
+	if c.plain {
+		topic, size = "t", 100
 	}
 	payload := fmt.Sprintf(`"%d-%s"`, c.payloads, strings.Repeat("x", size))
 	e := Entry{VM: vm, Topic: []byte(topic), Payload: []byte(payload)}
 	quoted := ""
-	if c.rng.IntN(2) == 0 {
+	if !c.plain && c.rng.IntN(2) == 0 {
 		id := "id" + strconv.Itoa(c.payloads)
 		if used := c.ids[vm]; len(used) > 0 && c.rng.IntN(3) == 0 { // a retry of one of the newest
 			id = used[len(used)-1-c.rng.IntN(min(4, len(used)))].id

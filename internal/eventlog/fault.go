@@ -23,7 +23,7 @@ func (l *Log) fail(err error) error {
 		l.perVM.ids.rollback()
 	}
 	told := State{Degraded: Cause(we), Err: we}
-	err = c.abandonFile()
+	err = l.abandonFile()
 	if durable, committed := l.durable.Load(), l.committed.Load(); durable < committed { // acknowledged before it was synced
 		if err != nil {
 			told.Err = errors.Join(mayBeLost(durable, committed, err), we)
@@ -41,16 +41,27 @@ func (l *Log) fail(err error) error {
 // abandonFile is closeFile after a failed write. What was refused must not come
 // back after a crash, so the cut is synced. Where that fails too, what is left
 // over is void once there is a next segment.
-func (c *committer) abandonFile() error {
+func (l *Log) abandonFile() error {
+	c := &l.c
 	f := c.file
 	if f == nil {
 		return nil
 	}
+	var err error
+	// Before the cut, which gives up the room that a start might need to write again what
+	// the journal has.
+	if c.journal.ahead && !c.journal.lost {
+		err = c.syncSegment()
+	}
+	_ = l.mend() // settle tries it again
 	c.file = nil
-	return errors.Join(f.Truncate(c.size), f.Sync(), f.Close())
+	return errors.Join(err, f.Truncate(c.size), f.Sync(), f.Close())
 }
 
 func mayBeLost(durable, committed uint64, err error) error {
+	if durable == committed { // the journal has them
+		return err
+	}
 	return fmt.Errorf("records %d to %d, acknowledged before they were synced, may be lost: %w", durable+1, committed, err)
 }
 

@@ -32,6 +32,9 @@ type File interface {
 	io.Closer
 	Size() (int64, error)
 	Truncate(size int64) error
+	// Changed gives when the file, or what is known of it, was changed last, in ns
+	// since 1970: its ctime, which nobody can set.
+	Changed() (int64, error)
 	// Sync makes data and size durable (fdatasync). After an error nothing may
 	// be assumed of anything written since the last success: the kernel may
 	// have dropped the pages and call them clean (fsync(2), "ERRORS").
@@ -128,6 +131,12 @@ func (f osFile) Size() (int64, error) {
 		return 0, err
 	}
 	return st.Size(), nil
+}
+
+func (f osFile) Changed() (int64, error) {
+	var st syscall.Stat_t
+	err := f.control("fstat", func(fd int) error { return syscall.Fstat(fd, &st) })
+	return st.Ctim.Nano(), err
 }
 
 func (f osFile) Sync() error {

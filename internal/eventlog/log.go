@@ -1,6 +1,7 @@
 package eventlog
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -78,7 +79,12 @@ type Options struct {
 	MaxAge      time.Duration // of a segment's last record; 0: for ever
 	// SyncEvery is 0 to sync before each commit, positive to sync that often,
 	// negative to leave it to the kernel.
-	SyncEvery  time.Duration
+	SyncEvery time.Duration
+	// Journal is the file through which small commits are synced, where SyncEvery is 0,
+	// in a directory that is there; "": each commit syncs the segment.
+	Journal string
+	// Boot names this run of the kernel, in 32 hex digits; "": as the kernel says.
+	Boot       string
 	StallAfter time.Duration // 0: 5 s
 	// Recent bounds the bytes of records kept in memory for readers; 0: 8 MiB.
 	Recent int
@@ -99,6 +105,8 @@ type Options struct {
 	// OnDamage is called, by whoever reads, for each of the first 256 damaged places that
 	// readers come upon, once; [Verify] finds all of them.
 	OnDamage func(Damage)
+
+	journalSize int64 // 0: journalSize
 }
 
 // State tells how the log is.
@@ -190,6 +198,7 @@ func open(opts Options) (*Log, *Recovery, error) {
 		around:    make(chan struct{}, 1),
 		turn:      make(chan struct{}, 1),
 	}
+	l.c.journal = journal{fs: opts.FS, path: opts.Journal, boot: bootName(opts.Boot), size: cmp.Or(opts.journalSize, journalSize), lazy: opts.SyncEvery != 0}
 	l.c.syncTimer, l.c.retryTimer, l.c.expireTimer = stoppedTimer(), stoppedTimer(), stoppedTimer()
 	l.state.Store(&State{})
 	l.gate.Store(&stallGate{stalled: make(chan struct{})})
@@ -197,10 +206,12 @@ func open(opts Options) (*Log, *Recovery, error) {
 	l.stall.Stop()
 	rec, err := l.recover()
 	if err != nil {
+		l.c.journal.close()
 		return nil, nil, fmt.Errorf("opening the event log in %s: %w", opts.Dir, err)
 	}
 	if opts.PerVM != nil {
 		if l.perVM, err = openPerVM(l, *opts.PerVM); err != nil {
+			l.c.journal.close()
 			return nil, nil, fmt.Errorf("opening the VMs' streams: %w", errors.Join(err, l.c.closeFile()))
 		}
 		if late := l.perVM.late(); late != nil {

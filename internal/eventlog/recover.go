@@ -17,6 +17,9 @@ type Recovery struct {
 	// Damaged are the places in the newest segment where a record that was
 	// known durable cannot be read. They stay, and are served as gaps.
 	Damaged []Damage
+	// Journal says why the journal could not be used as it was found. If the power has
+	// failed, records that were acknowledged last may be missing then.
+	Journal error
 }
 
 // Cut is a tail that was cut off: bytes behind the last whole record that were
@@ -34,10 +37,20 @@ func (l *Log) recover() (*Recovery, error) {
 		return nil, err
 	}
 	rec := &Recovery{}
+	found, err := l.c.journal.open()
+	rec.Journal = err
 	segs := l.stream.snapshot()
 	if len(segs) == 0 {
 		l.c.next = 1
-		return rec, l.openNext()
+		err := l.c.journal.renew()
+		if err == nil {
+			err = l.openNext()
+		}
+		if isFull(err) {
+			_ = l.fail(err)
+			return rec, nil
+		}
+		return rec, err
 	}
 	seg := segs[len(segs)-1]
 	path := l.stream.path(seg.first)
@@ -45,8 +58,12 @@ func (l *Log) recover() (*Recovery, error) {
 	if err != nil {
 		return nil, err
 	}
-	t, err := scanTail(f, seg.size, seg.first)
-	var full error // there is no room to keep the tail aside
+	sure, err := l.redo(f, &seg, found, rec)
+	var t tail
+	if err == nil {
+		t, err = scanTail(f, seg.size, seg.first)
+	}
+	var late error // what has to be done before a record is taken
 	if err == nil {
 		for _, off := range t.damaged {
 			rec.Damaged = append(rec.Damaged, Damage{File: path, Offset: off})
@@ -57,7 +74,7 @@ func (l *Log) recover() (*Recovery, error) {
 			case err == nil:
 				rec.Cut = c
 			case isFull(err): // then it stays where it is, and nobody reads beyond t.end
-				l.c.torn, full, err = c, err, nil
+				l.c.torn, late, err = c, err, nil
 			}
 		}
 	}
@@ -65,7 +82,7 @@ func (l *Log) recover() (*Recovery, error) {
 	// disk; it must be before anybody is told of it. It is written again, because
 	// its sync may have failed: then no other writes it (see File.Sync).
 	if err == nil {
-		err = rewrite(f, t.sure, t.end)
+		err = rewrite(f, min(t.sure, sure), t.end)
 	}
 	if err == nil {
 		err = f.Sync()
@@ -77,16 +94,19 @@ func (l *Log) recover() (*Recovery, error) {
 	if err := l.stream.syncDir(); err != nil {
 		return nil, errors.Join(err, f.Close())
 	}
+	// From here on the segment may get other bytes than the old journal has for it.
+	late = errors.Join(late, l.c.journal.renew())
 	l.stream.grown(t.end, seg.modified)
 	l.c.next = t.last + 1
 	l.committed.Store(t.last)
 	l.durable.Store(t.last)
 	rec.Last = t.last
-	if full != nil {
-		_ = l.fail(full)
+	l.c.first, l.c.size = seg.first, t.end
+	if late != nil {
+		_ = l.fail(late)
 		return rec, f.Close()
 	}
-	l.c.file, l.c.size, l.c.reserved = f, t.end, t.end
+	l.c.file, l.c.reserved = f, t.end
 	return rec, nil
 }
 
@@ -94,6 +114,9 @@ func (l *Log) recover() (*Recovery, error) {
 // in before: the next segment may have the name of the one whose tail is still in it,
 // and while the files of ids are not whole a retry would be stored twice.
 func (l *Log) settle() error {
+	if err := l.mend(); err != nil {
+		return err
+	}
 	if torn := l.c.torn; torn != nil {
 		f, err := l.opts.FS.OpenFile(torn.File, os.O_RDWR, filePerm)
 		if err != nil {

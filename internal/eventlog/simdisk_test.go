@@ -28,7 +28,10 @@ type simDisk struct {
 	ops     int // that changed something, since the last crash
 	crashAt int // the operation before which the crash comes; 0: none
 
-	fault func(op, path string) error // an error for an operation; nil: none ever
+	fault    func(op, path string) error // an error for an operation; nil: none ever
+	rebooted bool
+	// noRoom: what is not reserved cannot be written.
+	noRoom bool
 	// ignored is a call of Sync or SyncDir, as syncSite gives it, that does
 	// nothing: the log without that call. Calls are counted in sites if not nil.
 	ignored string
@@ -47,6 +50,9 @@ type simNode struct {
 	// sync in this order.
 	data, durable []byte
 	pending       []simWrite
+	// Up to where there are blocks, and when it was changed last.
+	reserved, durableReserved int64
+	changed, durableChanged   int64
 
 	// A directory, in the same way; a nil node is a removal.
 	names, durableNames map[string]*simNode
@@ -74,11 +80,11 @@ func newSimDir() *simNode {
 // syncSite names the call in the log that is three frames up, file:line. What
 // calls the log's own small wrappers counts, not what these do.
 func syncSite() string {
-	var pcs [4]uintptr
+	var pcs [5]uintptr
 	frames := runtime.CallersFrames(pcs[:runtime.Callers(4, pcs[:])])
 	for {
 		f, more := frames.Next()
-		if !more || !strings.HasSuffix(f.Function, ".(*stream).syncDir") && !strings.HasSuffix(f.Function, ".(*Log).sync") {
+		if !more || !strings.HasSuffix(f.Function, ".(*stream).syncDir") && !strings.HasSuffix(f.Function, ".(*Log).sync") && !strings.HasSuffix(f.Function, ".(*committer).syncSegment") {
 			return filepath.Base(f.File) + ":" + strconv.Itoa(f.Line)
 		}
 	}
@@ -247,6 +253,7 @@ func (n *simNode) sync() {
 		n.durable = w.apply(n.durable)
 	}
 	n.pending = n.pending[:0]
+	n.durableReserved, n.durableChanged = n.reserved, n.changed
 	for _, c := range n.changes {
 		if c.node == nil {
 			delete(n.durableNames, c.name)
@@ -360,7 +367,11 @@ func (f *simFile) ReadAt(b []byte, off int64) (int, error) {
 }
 
 func (f *simFile) WriteAt(b []byte, off int64) (int, error) {
-	if err := f.d.change("write", f.path); err != nil {
+	err := f.d.change("write", f.path)
+	if err == nil && f.d.noRoom && off+int64(len(b)) > max(f.n.reserved, int64(len(f.n.data))) {
+		err = syscall.ENOSPC
+	}
+	if err != nil {
 		b = b[:f.d.rng.IntN(len(b)+1)]
 		f.n.write(b, off)
 		return len(b), err
@@ -392,15 +403,27 @@ func (f *simFile) Sync() error {
 	return nil
 }
 
-func (f *simFile) Close() error                   { return nil }
-func (f *simFile) Size() (int64, error)           { return int64(len(f.n.data)), nil }
-func (f *simFile) Preallocate(off, n int64) error { return nil }
+func (f *simFile) Preallocate(off, n int64) error {
+	if off+n <= f.n.reserved {
+		return nil
+	}
+	if f.d.noRoom {
+		return syscall.ENOSPC
+	}
+	f.n.reserved = off + n
+	return nil
+}
+
+func (f *simFile) Close() error            { return nil }
+func (f *simFile) Size() (int64, error)    { return int64(len(f.n.data)), nil }
+func (f *simFile) Changed() (int64, error) { return f.n.changed, nil }
 
 func (n *simNode) write(b []byte, off int64) {
 	w := simWrite{off, append(make([]byte, 0, len(b)), b...)} // never nil
 	n.data = w.apply(n.data)
 	n.pending = append(n.pending, w)
 	n.modified = time.Now()
+	n.changed = n.modified.UnixNano()
 }
 
 func (n *simNode) resize(size int64) {
@@ -408,6 +431,8 @@ func (n *simNode) resize(size int64) {
 	n.data = w.apply(n.data)
 	n.pending = append(n.pending, w)
 	n.modified = time.Now()
+	n.changed = n.modified.UnixNano()
+	n.reserved = min(n.reserved, size)
 }
 
 // grow makes b at least size long, with zeros.
@@ -430,9 +455,11 @@ func (w simWrite) apply(b []byte) []byte {
 }
 
 // crash makes the disk what the power cut leaves of it, and gives it back ready
-// for use. With power false only the process has been killed: nothing is lost.
-func (d *simDisk) crash(power bool) {
-	d.ops, d.crashAt = 0, 0
+// for use. With power false only the process has been killed: nothing is lost. With boot
+// false the disk alone went away: as far as its data is older than its own last change of
+// a file, so is what it says of that.
+func (d *simDisk) crash(power, boot bool) {
+	d.ops, d.crashAt, d.rebooted = 0, 0, boot
 	if power {
 		d.lose(d.root)
 	}
@@ -443,6 +470,10 @@ func (d *simDisk) lose(n *simNode) {
 		n.durable = d.survive(n)
 		n.pending = n.pending[:0]
 		n.data = append(n.data[:0], n.durable...)
+		n.reserved = n.durableReserved
+		if !d.rebooted || d.rng.IntN(2) == 0 {
+			n.changed = n.durableChanged
+		}
 		return
 	}
 	// Each name stands as it was after some of its changes, whatever became of

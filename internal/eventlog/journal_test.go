@@ -1,0 +1,455 @@
+package eventlog
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io/fs"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+const (
+	thisBoot  = "00112233445566778899aabbccddeeff"
+	otherBoot = "ffeeddccbbaa99887766554433221100"
+)
+
+// The journal shown in docs/EVENTLOG.md is one, byte for byte.
+func TestDocumentedJournal(t *testing.T) {
+	doc, err := os.ReadFile(filepath.Join("..", "..", "docs", "EVENTLOG.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := appendEntry([]byte(journalHead+thisBoot+"\n"), 42, 1234, 1795896180123456789, []byte("{}\n"))
+	if !bytes.Contains(doc, want) {
+		t.Errorf("it does not have\n%s", want)
+	}
+	if got, ok := parseJournal(want); !ok || got.boot != thisBoot || got.segment != 42 || got.from != 1234 || got.written != 1795896180123456789 || string(got.data) != "{}\n" {
+		t.Errorf("%+v, %v", got, ok)
+	}
+}
+
+func TestParseJournal(t *testing.T) {
+	head := []byte(journalHead + thisBoot + "\n")
+	entry := func(b []byte, segment uint64, off int64, data string) []byte {
+		return appendEntry(bytes.Clone(b), segment, off, 1, []byte(data))
+	}
+	two := entry(entry(head, 7, 100, "abc\n"), 7, 104, "de\n")
+	flipped := func(at int) []byte { b := bytes.Clone(two); b[at] ^= 0x20; return b }
+	for name, c := range map[string]struct {
+		b    []byte
+		none bool
+		want string
+	}{
+		"none":                    {nil, true, ""},
+		"another version":         {bytes.Replace(two, []byte("journal 1"), []byte("journal 2"), 1), true, ""},
+		"cut in the first line":   {two[:journalStart-1], true, ""},
+		"empty":                   {head, false, ""},
+		"filled":                  {append(bytes.Clone(two), "\n\n\n"...), false, "abc\nde\n"},
+		"cut in the second":       {two[:len(two)-1], false, "abc\n"},
+		"cut in its first line":   {two[:journalStart+journalHeader+4+30], false, "abc\n"},
+		"flipped in the first":    {flipped(journalStart + journalHeader), false, ""},
+		"flipped in a number":     {flipped(journalStart + 19), false, ""},
+		"flipped in the checksum": {flipped(journalStart + journalHeader - 2), false, ""},
+		"flipped in the second":   {flipped(len(two) - 1), false, "abc\n"},
+		"behind a hole":           {entry(two, 7, 108, "f\n"), false, "abc\nde\n"},
+		"of an earlier round":     {entry(two, 7, 104, "f\n"), false, "abc\nde\n"},
+		"of another segment":      {entry(two, 8, 107, "f\n"), false, "abc\nde\n"},
+		"of the next":             {entry(two, 7, 107, "f\n"), false, "abc\nde\nf\n"},
+		"without data":            {appendEntry(bytes.Clone(two), 7, 107, 1, nil), false, "abc\nde\n"},
+	} {
+		if got, ok := parseJournal(c.b); ok == c.none || string(got.data) != c.want {
+			t.Errorf("%s: %q, %v", name, got.data, ok)
+		}
+	}
+}
+
+// FuzzJournal takes whatever bytes as a journal: what it gives is what stands there,
+// and written again it is the same.
+func FuzzJournal(f *testing.F) {
+	head := []byte(journalHead + thisBoot + "\n")
+	one := appendEntry(bytes.Clone(head), 1, 0, 1, seedRecord(1, 0))
+	f.Add(head)
+	f.Add(one)
+	f.Add(appendEntry(bytes.Clone(one), 1, int64(len(seedRecord(1, 0))), 2, seedRecord(2, 1)))
+	f.Add(append(bytes.Clone(one), one[journalStart:]...))
+	f.Add(appendEntry(bytes.Clone(head), 1<<64-1, 1<<63-1, -1, []byte("\n")))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		got, ok := parseJournal(b)
+		if !ok {
+			if len(got.data) > 0 {
+				t.Errorf("%q is none and has %q", b, got.data)
+			}
+			return
+		}
+		if len(got.boot) != bootDigits || len(got.data) > 0 && got.from < 0 {
+			t.Errorf("%+v", got)
+		}
+		again := appendEntry([]byte(journalHead+got.boot+"\n"), got.segment, got.from, got.written, got.data)
+		if len(got.data) > 0 {
+			if second, ok := parseJournal(again); !ok || !bytes.Equal(second.data, got.data) || second.from != got.from || second.segment != got.segment {
+				t.Errorf("%+v is read again as %+v", got, second)
+			}
+		}
+	})
+}
+
+// journalOptions are those of a log with a journal that takes all but the first commit.
+func journalOptions(fsys FS) Options {
+	o := testOptions("/log")
+	o.FS, o.PerVM, o.Journal, o.Boot = fsys, nil, "/log/journal", thisBoot
+	return o
+}
+
+// crashed makes a log of four records, the last three of them in the journal, that is
+// left without having been closed.
+func crashed(t *testing.T, disk *simDisk) (l *Log, o Options, segment string) {
+	t.Helper()
+	o = journalOptions(disk)
+	l, _, err := open(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 4 {
+		if err := commitOf(l, 1); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if !l.c.journal.ahead {
+		t.Fatal("nothing is in the journal")
+	}
+	return l, o, filepath.Join(o.Dir, segmentName(1))
+}
+
+// commitOf commits a record of so many bytes and gives why it was refused.
+func commitOf(l *Log, size int) error {
+	b := &Batch{done: make(chan struct{}, 1), Entries: []Entry{{VM: "web1", Topic: []byte("t"), Payload: bytes.Repeat([]byte("1"), size)}}}
+	l.commit(b)
+	return b.Entries[0].Err
+}
+
+func nodeOf(t *testing.T, disk *simDisk, path string) *simNode {
+	t.Helper()
+	_, n, err := disk.find(path)
+	if err != nil || n == nil {
+		t.Fatalf("%s: %v", path, err)
+	}
+	return n
+}
+
+// What a start makes of a journal, by what was left of log and journal.
+func TestJournalRecovery(t *testing.T) {
+	lose := func(n *simNode) { // all that was not synced
+		n.pending = n.pending[:0]
+		n.data = bytes.Clone(n.durable)
+		n.changed = n.durableChanged
+	}
+	cut := func(t *testing.T, d *simDisk, path string, size int64) {
+		f, err := d.OpenFile(path, os.O_RDWR, 0)
+		if err != nil || f.Truncate(size) != nil {
+			t.Fatal(err)
+		}
+	}
+	const journal = "/log/journal"
+	for name, c := range map[string]struct {
+		left func(t *testing.T, d *simDisk, o *Options, segment string)
+		last uint64
+		told bool
+	}{
+		"killed": {func(*testing.T, *simDisk, *Options, string) {}, 4, false},
+		"power cut": {func(t *testing.T, d *simDisk, o *Options, segment string) {
+			lose(nodeOf(t, d, segment))
+			o.Boot = otherBoot
+		}, 4, false},
+		"power cut, a lazy log since": {func(t *testing.T, d *simDisk, o *Options, segment string) {
+			lose(nodeOf(t, d, segment))
+			o.Boot, o.SyncEvery = otherBoot, 1<<40
+		}, 4, false},
+		"power cut, what was lost is said to be newer": {func(t *testing.T, d *simDisk, o *Options, segment string) {
+			lose(nodeOf(t, d, segment))
+			nodeOf(t, d, segment).changed = 1 << 62
+			o.Boot = otherBoot
+		}, 4, false},
+		"the disk went away and came back": {func(t *testing.T, d *simDisk, _ *Options, segment string) {
+			lose(nodeOf(t, d, segment))
+		}, 4, false},
+		"written back in vain before castrad was killed": {func(t *testing.T, d *simDisk, _ *Options, segment string) {
+			n := nodeOf(t, d, segment)
+			n.pending, n.data = n.pending[:0], grow(bytes.Clone(n.durable), len(n.data))
+		}, 4, false},
+		"killed, and cut by somebody": {func(t *testing.T, d *simDisk, _ *Options, segment string) {
+			cut(t, d, segment, int64(len(nodeOf(t, d, segment).data)-3))
+		}, 3, false},
+		"power cut, and no journal": {func(t *testing.T, d *simDisk, o *Options, segment string) {
+			lose(nodeOf(t, d, segment))
+			o.Boot = otherBoot
+			if err := d.Remove(journal); err != nil {
+				t.Fatal(err)
+			}
+		}, 1, false},
+		"power cut, and half a journal": {func(t *testing.T, d *simDisk, o *Options, segment string) {
+			lose(nodeOf(t, d, segment))
+			o.Boot = otherBoot
+			cut(t, d, journal, int64(journalStart+journalHeader+len(nodeOf(t, d, segment).data)+60))
+		}, 2, false},
+		"power cut, and a journal of nothing": {func(t *testing.T, d *simDisk, o *Options, segment string) {
+			lose(nodeOf(t, d, segment))
+			o.Boot = otherBoot
+			cut(t, d, journal, 0)
+		}, 1, true},
+		"a segment cut before the journal begins": {func(t *testing.T, d *simDisk, o *Options, segment string) {
+			cut(t, d, segment, 0)
+			o.Boot = otherBoot
+		}, 0, true},
+		"a newer segment": {func(t *testing.T, d *simDisk, o *Options, _ string) {
+			f, err := d.OpenFile(filepath.Join(o.Dir, segmentName(5)), os.O_RDWR|os.O_CREATE, 0)
+			if err != nil || f.Close() != nil {
+				t.Fatal(err)
+			}
+			o.Boot = otherBoot
+		}, 4, false},
+		"no segment": {func(t *testing.T, d *simDisk, o *Options, segment string) {
+			if err := d.Remove(segment); err != nil {
+				t.Fatal(err)
+			}
+			o.Boot = otherBoot
+		}, 0, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			disk := newSimDisk(rand.New(rand.NewPCG(1, 1)))
+			_, o, segment := crashed(t, disk)
+			c.left(t, disk, &o, segment)
+			l, rec, err := open(o)
+			if err != nil || rec.Last != c.last || (rec.Journal != nil) != c.told {
+				t.Fatalf("%+v, %v; want %d records, told %v", rec, err, c.last, c.told)
+			}
+			for range 2 {
+				if err := commitOf(l, 1); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if ahead := l.c.journal.ahead; ahead == l.Lazy() {
+				t.Errorf("the journal is in use: %v", ahead)
+			}
+			// And what the log has now no journal takes back.
+			o.Boot = thisBoot[1:] + "0"
+			if _, rec, err = open(o); err != nil || rec.Last != c.last+2 || rec.Journal != nil {
+				t.Errorf("again: %+v, %v", rec, err)
+			}
+		})
+	}
+}
+
+// A clean end leaves no journal, and all of it in the segment.
+func TestJournalGoesWithTheLog(t *testing.T) {
+	disk := newSimDisk(rand.New(rand.NewPCG(1, 1)))
+	l, o, segment := crashed(t, disk)
+	if err := l.finish(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := disk.OpenFile(o.Journal, os.O_RDWR, 0); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the journal: %v", err)
+	}
+	if n := nodeOf(t, disk, segment); !bytes.Equal(n.data, n.durable) {
+		t.Error("the segment is not synced")
+	}
+}
+
+// A segment that cannot be synced at the end keeps its journal, and the next start
+// takes from it what the kernel has dropped; so it does when castrad is killed.
+func TestJournalOutlivesASyncThatFails(t *testing.T) {
+	for _, end := range []string{"closed", "killed"} {
+		disk := newSimDisk(rand.New(rand.NewPCG(1, 1)))
+		l, o, segment := crashed(t, disk)
+		n := nodeOf(t, disk, segment)
+		durable := bytes.Clone(n.durable)
+		disk.fault = func(op, path string) error {
+			if op == "sync" && path == segment {
+				return syscall.EIO
+			}
+			return nil
+		}
+		if end == "closed" {
+			if err := l.finish(); !errors.Is(err, syscall.EIO) {
+				t.Errorf("closing: %v", err)
+			}
+		} else if err := commitOf(l, journalMost); !errors.Is(err, syscall.EIO) {
+			t.Errorf("a large record: %v", err)
+		}
+		n.pending, n.durable, n.data = nil, durable, bytes.Clone(durable) // nothing was written
+		disk.fault = nil
+		if _, rec, err := open(o); err != nil || rec.Last != 4 || rec.Journal != nil {
+			t.Errorf("%s: %+v, %v", end, rec, err)
+		}
+	}
+}
+
+// A start that is killed while it writes to the segment again, in the boot in which the
+// disk went away, has not changed it: the next start does it all.
+func TestJournalRedoneAgain(t *testing.T) {
+	for seed := range uint64(8) {
+		disk := newSimDisk(rand.New(rand.NewPCG(seed, 1)))
+		_, o, segment := crashed(t, disk)
+		n := nodeOf(t, disk, segment)
+		n.pending, n.data, n.changed = nil, bytes.Clone(n.durable), n.durableChanged
+		disk.fault = func(op, path string) error { // writes a part
+			if op == "write" && path == segment {
+				return syscall.EIO
+			}
+			return nil
+		}
+		if _, _, err := open(o); !errors.Is(err, syscall.EIO) {
+			t.Fatal(err)
+		}
+		disk.fault = nil
+		if _, rec, err := open(o); err != nil || rec.Last != 4 {
+			t.Errorf("seed %d: %+v, %v", seed, rec, err)
+		}
+	}
+}
+
+// killedIn runs f up to where the disk kills castrad.
+func killedIn(t *testing.T, f func()) {
+	t.Helper()
+	defer func() {
+		if r := recover(); r != any(errPowerCut) {
+			t.Fatalf("it is not killed: %v", r)
+		}
+	}()
+	f()
+}
+
+// A sync of the segment may fail for so long that castrad is killed in it: the next start
+// takes nothing from the kernel.
+func TestJournalOfASyncThatNeverEnded(t *testing.T) {
+	disk := newSimDisk(rand.New(rand.NewPCG(1, 1)))
+	l, o, segment := crashed(t, disk)
+	disk.fault = func(op, path string) error {
+		if op == "sync" && path == segment {
+			n := nodeOf(t, disk, segment)
+			n.pending, n.data = nil, bytes.Clone(n.durable)
+			panic(errPowerCut)
+		}
+		return nil
+	}
+	killedIn(t, func() { _ = commitOf(l, journalMost) })
+	disk.fault = nil
+	if _, rec, err := open(o); err != nil || rec.Last != 4 {
+		t.Errorf("%+v, %v", rec, err)
+	}
+}
+
+// A record that the journal failed to take may come back where castrad is killed before
+// the journal is gone. There is room for it, on a disk that is full by then.
+func TestJournalThatFailedOnAFullDisk(t *testing.T) {
+	for seed := range uint64(64) {
+		disk := newSimDisk(rand.New(rand.NewPCG(seed, 1)))
+		l, o, _ := crashed(t, disk)
+		disk.fault = func(op, path string) error {
+			switch {
+			case path != o.Journal:
+			case op == "sync":
+				return syscall.EIO
+			case op == "remove":
+				panic(errPowerCut)
+			}
+			return nil
+		}
+		killedIn(t, func() { _ = commitOf(l, 1) })
+		disk.fault = nil
+		disk.crash(seed%2 == 0, true)
+		disk.noRoom, o.Boot = true, otherBoot
+		if _, rec, err := open(o); err != nil || rec.Last < 4 {
+			t.Fatalf("seed %d: %+v, %v", seed, rec, err)
+		}
+	}
+}
+
+// What somebody touched after castrad was killed is not taken from the journal, but all
+// that is there is written back, also where that was tried in vain before.
+func TestJournalOfATouchedSegment(t *testing.T) {
+	disk := newSimDisk(rand.New(rand.NewPCG(1, 1)))
+	_, o, segment := crashed(t, disk)
+	n := nodeOf(t, disk, segment)
+	n.pending = nil // the kernel has written it, in vain
+	n.changed = time.Now().Add(time.Hour).UnixNano()
+	if _, rec, err := open(o); err != nil || rec.Last != 4 {
+		t.Fatalf("%+v, %v", rec, err)
+	}
+	if !bytes.Equal(n.durable, n.data) {
+		t.Error("not all of it was written back")
+	}
+}
+
+// What is in the journal's place is never a reason not to start, nor is a boot without a
+// name; and the journal has no NULs.
+func TestJournalOnDisk(t *testing.T) {
+	for name, put := range map[string]func(path string) error{
+		"nothing":     func(string) error { return nil },
+		"a directory": func(path string) error { return os.MkdirAll(filepath.Join(path, "x"), 0o750) },
+		"a link":      func(path string) error { return os.Symlink("/dev/null", path) },
+		"a pipe":      func(path string) error { return syscall.Mkfifo(path, 0o600) },
+		"a text":      func(path string) error { return os.WriteFile(path, []byte("hello\n"), 0o600) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			o := testOptions(t.TempDir())
+			o.Journal = filepath.Join(filepath.Dir(o.Dir), "journal")
+			if err := put(o.Journal); err != nil {
+				t.Fatal(err)
+			}
+			l, rec, err := Open(o)
+			if err != nil || (rec.Journal == nil) != (name == "nothing") {
+				t.Fatal(rec, err)
+			}
+			for range 3 {
+				publish(t, l, "web1", "t", "", "1")
+			}
+			b, err := os.ReadFile(o.Journal)
+			if err != nil || len(b) != journalSize || bytes.IndexByte(b, 0) >= 0 || bytes.Count(b, []byte(`"seq"`)) != 2 {
+				t.Errorf("%d bytes, %v, beginning with %.200q", len(b), err, b)
+			}
+			mustClose(t, l)
+			if got := slices.Collect(names(t, filepath.Dir(o.Journal))); slices.Contains(got, "journal") || slices.Contains(got, "journal.tmp") {
+				t.Errorf("left: %v", got)
+			}
+		})
+	}
+}
+
+func names(t *testing.T, dir string) func(func(string) bool) {
+	t.Helper()
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return func(yield func(string) bool) {
+		for _, e := range entries {
+			if !yield(e.Name()) {
+				return
+			}
+		}
+	}
+}
+
+func TestBootName(t *testing.T) {
+	for name, want := range map[string]string{
+		"00112233-4455-6677-8899-AABBCCDDEEFF\n": thisBoot,
+		thisBoot:                                 thisBoot,
+		"b":                                      "",
+		strings.Repeat("g", 32):                  "",
+		noBoot:                                   "",
+	} {
+		if got := bootName(name); got != want {
+			t.Errorf("%q is %q", name, got)
+		}
+	}
+	if _, err := os.Stat(bootFile); err == nil && bootName("") == "" {
+		t.Error(fmt.Sprint(bootFile, " is not understood"))
+	}
+}

@@ -37,6 +37,7 @@ type Options struct {
 
 	SyncName      string        // as configured, for status
 	SyncEvery     time.Duration // see eventlog.Options
+	Boot          string        // the same
 	SegmentSize   int64
 	HostRetention int64
 	VMRetention   int64
@@ -192,6 +193,7 @@ func (b *Broker) openLog() error {
 		FS:  o.FS,
 		Dir: filepath.Join(o.LogDir, "bus", "host"), SegmentSize: o.SegmentSize,
 		Retention: o.HostRetention, MaxAge: o.RetentionAge, SyncEvery: o.SyncEvery,
+		Journal: filepath.Join(o.LogDir, "bus", "journal"), Boot: o.Boot,
 		PerVM: &eventlog.PerVMOptions{
 			Dir:          filepath.Join(o.LogDir, "bus", "vm"),
 			IDDir:        filepath.Join(o.StateDir, "ids"),
@@ -224,6 +226,9 @@ func (b *Broker) openLog() error {
 	}
 	if rec.Cut != nil {
 		b.wasCut(*rec.Cut)
+	}
+	if rec.Journal != nil {
+		logging.RecordDamaged.On(b.log).WithError(rec.Journal).Error("the event log's journal is no use; if the power has failed, records that were acknowledged last may be missing")
 	}
 	return nil
 }

@@ -20,7 +20,7 @@ type stuckFS struct {
 	mu      sync.Mutex
 	stopped chan struct{} // nil: it works
 	what    string        // the operation that blocks
-	fails   atomic.Bool   // the next sync of the host stream does
+	fails   atomic.Bool   // the next sync of the host stream or its journal does
 	blocked atomic.Int32  // how many wait for it
 }
 
@@ -54,7 +54,7 @@ func (s *stuckFS) wait(what string) {
 
 func (s *stuckFS) OpenFile(name string, flag int, perm fs.FileMode) (eventlog.File, error) {
 	f, err := s.FS.OpenFile(name, flag, perm)
-	return stuckFile{f, s, strings.Contains(name, "/bus/host/")}, err
+	return stuckFile{f, s, strings.Contains(name, "/bus/host/") || strings.HasSuffix(name, "/bus/journal")}, err
 }
 
 type stuckFile struct {

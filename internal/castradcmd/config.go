@@ -1,6 +1,8 @@
 package castradcmd
 
 import (
+	"os"
+
 	"github.com/castrabus/castra/internal/broker"
 	"github.com/castrabus/castra/internal/config"
 	"github.com/castrabus/castra/internal/presence"
@@ -19,7 +21,7 @@ func (d *daemon) brokerOptions() broker.Options {
 	s := d.cfg.Store
 	return broker.Options{
 		Version: d.version, StateDir: s.StateDir, LogDir: s.LogDir, Registry: d.reg, Log: d.log,
-		SyncName: string(s.Sync), SyncEvery: s.Sync.Every(),
+		SyncName: string(s.Sync), SyncEvery: s.Sync.Every(), Boot: os.Getenv("CASTRA_BOOT"),
 		SegmentSize: int64(s.SegmentSize), HostRetention: int64(s.HostRetentionSize),
 		VMRetention: int64(s.VMRetentionSize), RetentionAge: s.RetentionAge.Std(),
 		MaxHandshakes: d.cfg.Limits.MaxHandshakes, UnsentBytes: int(d.cfg.Limits.UnsentBytes), Inherit: d.stored,

@@ -56,7 +56,7 @@ func (l *Log) run() {
 	for {
 		select {
 		case b := <-l.queue:
-			l.round(func() { l.commit(b) })
+			l.commitQueued(b)
 		case <-l.around:
 			l.round(func() {
 				if c.held || l.released.Load() > 0 {
@@ -74,7 +74,7 @@ func (l *Log) run() {
 			for {
 				select {
 				case b := <-l.queue:
-					l.round(func() { l.commit(b) })
+					l.commitQueued(b)
 					continue
 				default:
 				}
@@ -95,6 +95,14 @@ func (l *Log) round(work func()) {
 	<-l.turn
 }
 
+// commitQueued commits b, which was taken from the queue.
+func (l *Log) commitQueued(b *Batch) {
+	l.round(func() {
+		l.queued.Add(-1)
+		l.commit(b)
+	})
+}
+
 func stoppedTimer() *time.Timer {
 	t := time.NewTimer(time.Hour)
 	t.Stop()
@@ -110,6 +118,7 @@ drain:
 	for size < maxGroup {
 		select {
 		case b := <-l.queue:
+			l.queued.Add(-1)
 			c.group = append(c.group, b)
 			size += b.size()
 			entries += len(b.Entries)

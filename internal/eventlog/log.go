@@ -127,6 +127,9 @@ type Log struct {
 	// session's read buffer: enough that the committer always finds all that
 	// arrived during a sync, and a bound on memory when the disk is slow.
 	queue chan *Batch
+	// queued counts those that are in it or on their way there, and those that the
+	// committer has taken from it and not begun with: it goes down under turn.
+	queued atomic.Int64
 
 	committed atomic.Uint64 // newest record that readers may see
 	durable   atomic.Uint64 // newest record that would survive a power cut
@@ -246,6 +249,12 @@ func (l *Log) AppendHere(ctx context.Context, b *Batch, stuck func()) (led bool,
 	}
 	select {
 	case l.turn <- struct{}{}:
+		// Not before what waits: it may be of the same VM, left to the log where the
+		// disk stalled or by an older session.
+		if l.queued.Load() > 0 {
+			<-l.turn
+			break
+		}
 		l.c.led = true
 		l.beginWrite(stuck)
 		l.commit(b)
@@ -303,6 +312,7 @@ func (l *Log) admit(ctx context.Context, b *Batch, gate *stallGate) error {
 
 // offer queues what was admitted.
 func (l *Log) offer(ctx context.Context, b *Batch, gate *stallGate) (err error) {
+	l.queued.Add(1)
 	select {
 	case l.queue <- b:
 		return nil
@@ -313,6 +323,7 @@ func (l *Log) offer(ctx context.Context, b *Batch, gate *stallGate) (err error) 
 	case <-ctx.Done():
 		err = ctx.Err()
 	}
+	l.queued.Add(-1)
 	if l.perVM != nil {
 		l.perVM.ids.release(b)
 	}

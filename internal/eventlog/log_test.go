@@ -364,3 +364,41 @@ func TestAppendHere(t *testing.T) {
 		t.Errorf("closed: %v, %v", led, err)
 	}
 }
+
+// Who publishes himself does not go before what waits for the committer: it may be of the
+// same VM, which was told that its disk stalls, or has come back by another connection.
+func TestAppendHereKeepsOrder(t *testing.T) {
+	for _, taken := range []bool{false, true} {
+		l, _, err := open(Options{Dir: t.TempDir(), SegmentSize: 1 << 20}) // no committer yet
+		if err != nil {
+			t.Fatal(err)
+		}
+		first, second := &Batch{Entries: []Entry{{VM: "a", Topic: []byte("t")}}}, &Batch{Entries: []Entry{{VM: "a", Topic: []byte("t")}}}
+		if err := l.enqueue(t.Context(), first, l.gate.Load()); err != nil {
+			t.Fatal(err)
+		}
+		waiting := 2
+		if taken { // the committer has it, and not yet its turn
+			first, waiting = <-l.queue, 1
+		}
+		done := make(chan error, 1)
+		go func() {
+			_, err := l.AppendHere(t.Context(), second, nil)
+			done <- err
+		}()
+		waitFor(t, "it waits, or is committed", func() bool { return len(l.queue) == waiting || l.Committed() > 0 })
+		if taken {
+			l.commitQueued(first)
+		}
+		go l.run()
+		go l.reportState()
+		if err := <-done; err != nil {
+			t.Fatal(err)
+		}
+		<-first.Done()
+		mustClose(t, l)
+		if a, b := first.Entries[0].Seq, second.Entries[0].Seq; a != 1 || b != 2 {
+			t.Errorf("taken %v: what was published first is %d, and second %d", taken, a, b)
+		}
+	}
+}

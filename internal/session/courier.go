@@ -84,7 +84,7 @@ func (c *Couriers) Help(away func()) {
 	}
 	c.call(len(c.queue) - c.taken)
 	if s != nil {
-		w := &courier{of: c, away: away}
+		w := &courier{of: c, away: away, helps: true}
 		w.attend(s)
 	}
 }
@@ -157,9 +157,10 @@ func (c *Couriers) work() {
 
 // courier is one goroutine of Couriers, or one that helps them.
 type courier struct {
-	of   *Couriers
-	away func() // has another take its place
-	left bool   // that was called
+	of    *Couriers
+	away  func() // has another take its place
+	left  bool   // that was called
+	helps bool
 }
 
 // leave is called before waiting, of nil by those who are no couriers.
@@ -189,6 +190,11 @@ func (w *courier) attend(s *Session) {
 		}
 		if err != nil || !more {
 			if !s.deliveries.next() {
+				return
+			}
+			// Others may publish for s without a pause, and who helps has an ack to give.
+			if w.helps && !w.left {
+				w.of.again(s)
 				return
 			}
 			continue

@@ -3,6 +3,9 @@ package session
 import (
 	"math/rand/v2"
 	"testing"
+
+	"github.com/castrabus/castra/internal/eventlog"
+	"github.com/castrabus/castra/internal/wire"
 )
 
 // Sessions come out of the queue in the order in which they went in, none twice and
@@ -38,5 +41,53 @@ func TestCouriersQueue(t *testing.T) {
 		if s != nil {
 			t.Fatal("it holds a session that was attended to")
 		}
+	}
+}
+
+// Who helps delivers what there is once, however much others publish meanwhile: the guest
+// that it reads for waits for an ack.
+func TestHelpEnds(t *testing.T) {
+	c := NewCouriers()
+	log, _, err := eventlog.Open(eventlog.Options{Dir: t.TempDir(), SegmentSize: 1 << 20})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = log.Close() })
+	conn, _ := pair(t)
+	s := newSession(conn, rawConn{conn}, nil, &Options{Log: log, Couriers: c})
+	topics := []string{"odd", "even"} // each is looked for before the other, in turn
+	subs := make([]*Subscription, len(topics))
+	seq, heard := uint64(0), 0
+	publish := func() {
+		b := &eventlog.Batch{Entries: []eventlog.Entry{{VM: "a", Topic: []byte(topics[seq%2])}}}
+		seq++
+		if err := log.Append(t.Context(), b); err != nil {
+			t.Error(err)
+		}
+		if subs[(seq-1)%2].Notify(seq) {
+			c.Leave(s)
+		}
+	}
+	for i, topic := range topics {
+		pattern, err := wire.ParsePattern(topic)
+		if err != nil {
+			t.Fatal(err)
+		}
+		subs[i] = &Subscription{s: s, name: topic, pattern: pattern, reader: log.NewReader(1)}
+		subs[i].visible = func(*eventlog.Record) bool {
+			if heard++; heard < 10 {
+				publish()
+			}
+			return true
+		}
+	}
+	s.subs.Store(&subs)
+	publish()
+	c.Help(func() { t.Error("it is kept waiting") })
+	if heard != 1 {
+		t.Fatalf("%d records were delivered by who helps", heard)
+	}
+	if c.next() != s {
+		t.Error("the next one is delivered by nobody")
 	}
 }

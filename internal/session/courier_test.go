@@ -1,8 +1,11 @@
 package session
 
 import (
+	"context"
 	"math/rand/v2"
+	"sync"
 	"testing"
+	"time"
 
 	"github.com/castrabus/castra/internal/eventlog"
 	"github.com/castrabus/castra/internal/wire"
@@ -89,5 +92,34 @@ func TestHelpEnds(t *testing.T) {
 	}
 	if c.next() != s {
 		t.Error("the next one is delivered by nobody")
+	}
+}
+
+// Who helps has all that were left delivered to, those that it does not take itself by
+// the couriers.
+func TestHelpLeavesNobody(t *testing.T) {
+	c := NewCouriers()
+	ctx, stop := context.WithCancel(t.Context())
+	var run sync.WaitGroup
+	run.Go(func() { c.Run(ctx) })
+	t.Cleanup(func() { stop(); run.Wait() })
+	var all [3]*Session // they have ended: nothing is delivered, but somebody has seen to it
+	for i := range all {
+		all[i] = newSession(nil, nil, nil, &Options{Couriers: c})
+		all[i].ended.Store(&End{})
+	}
+	for range 100 {
+		for _, s := range all {
+			c.Leave(s)
+		}
+		c.Help(nil)
+		for i, s := range all {
+			for end := time.Now().Add(20 * time.Second); !s.deliveries.start(); time.Sleep(time.Millisecond) {
+				if time.Now().After(end) {
+					t.Fatalf("session %d is left", i)
+				}
+			}
+			s.deliveries.next()
+		}
 	}
 }

@@ -38,6 +38,7 @@ type Options struct {
 	SyncName      string        // as configured, for status
 	SyncEvery     time.Duration // see eventlog.Options
 	Boot          string        // the same
+	StallAfter    time.Duration // the same
 	SegmentSize   int64
 	HostRetention int64
 	VMRetention   int64
@@ -192,7 +193,7 @@ func (b *Broker) openLog() error {
 	log, rec, err := eventlog.Open(eventlog.Options{
 		FS:  o.FS,
 		Dir: filepath.Join(o.LogDir, "bus", "host"), SegmentSize: o.SegmentSize,
-		Retention: o.HostRetention, MaxAge: o.RetentionAge, SyncEvery: o.SyncEvery,
+		Retention: o.HostRetention, MaxAge: o.RetentionAge, SyncEvery: o.SyncEvery, StallAfter: o.StallAfter,
 		Journal: filepath.Join(o.LogDir, "bus", "journal"), Boot: o.Boot,
 		PerVM: &eventlog.PerVMOptions{
 			Dir:          filepath.Join(o.LogDir, "bus", "vm"),

@@ -47,8 +47,8 @@ func leave(t testing.TB, b *running, sessions int) Options {
 	if err := b.Close(); err != nil {
 		t.Fatal(err)
 	}
-	o := testOptions(t, filepath.Dir(b.opts.StateDir))
-	o.Settings, o.FS, o.Inherit = b.opts.Settings, b.opts.FS, kept
+	o := b.opts
+	o.Registry, o.Inherit = testOptions(t, filepath.Dir(o.StateDir)).Registry, kept
 	return o
 }
 

@@ -63,8 +63,9 @@ func (c *committer) syncSegment() error {
 // redo writes what the journal has, found, to the newest segment, f, and corrects its
 // size. What that has from sure on may not have been synced there.
 func (l *Log) redo(f File, seg *segment, found journaled, rec *Recovery) (sure int64, err error) {
-	if found.segment != seg.first || len(found.data) == 0 {
-		return seg.size, nil // a segment is synced before the next one begins
+	if found.segment != seg.first || len(found.data) == 0 { // a segment is synced before the next one begins
+		l.missing(seg, found, rec)
+		return seg.size, nil
 	}
 	if found.from > seg.size { // a hole would be worse than what is missing already
 		rec.Journal = fmt.Errorf("the journal has what comes behind byte %d of %s, which ends at %d", found.from, l.stream.path(seg.first), seg.size)
@@ -86,7 +87,19 @@ func (l *Log) redo(f File, seg *segment, found journaled, rec *Recovery) (sure i
 		return 0, err
 	}
 	seg.size = max(seg.size, found.from+int64(len(found.data)))
+	l.missing(seg, found, rec)
 	return found.from, nil
+}
+
+// missing tells of what the journal had and can not give back: where one of its entries is
+// damaged, those behind it show how far it went. What is left of earlier rounds is in the
+// segment.
+func (l *Log) missing(seg *segment, found journaled, rec *Recovery) {
+	for _, p := range found.behind {
+		if p.segment == seg.first && p.end > seg.size && rec.Journal == nil {
+			rec.Journal = fmt.Errorf("the journal is damaged: it went beyond byte %d of %s, up to %d at least", seg.size, l.stream.path(seg.first), p.end)
+		}
+	}
 }
 
 // mend does after a failure what must be done before another record is taken: what was

@@ -64,6 +64,15 @@ type journaled struct {
 	from    int64  // where in it they belong
 	data    []byte
 	written int64 // when all of them had been written to the segment (ns since 1970)
+	// behind are the entries that come after one that is damaged, or are left of earlier
+	// rounds.
+	behind []place
+}
+
+// place is where bytes of a segment end.
+type place struct {
+	segment uint64
+	end     int64
 }
 
 // appendEntry appends the entry for data, which stands at off in the segment.
@@ -108,18 +117,32 @@ func parseJournal(b []byte) (j journaled, ok bool) {
 	j.boot = string(b[len(journalHead) : journalStart-1])
 	for b = b[journalStart:]; ; {
 		e, n := parseEntry(b)
-		if n == 0 {
-			return j, true
-		}
 		if len(j.data) == 0 {
 			j.segment, j.from = e.segment, e.from
 		}
-		if e.segment != j.segment || e.from != j.from+int64(len(j.data)) {
-			return j, true
+		if n == 0 || e.segment != j.segment || e.from != j.from+int64(len(j.data)) {
+			break
 		}
 		j.data, j.written = append(j.data, e.data...), e.written
 		b = b[n:]
 	}
+	for len(b) > 0 {
+		var e journaled
+		n := 0
+		if b[0] >= '0' && b[0] <= '9' { // most of it is newlines, and a start is not to wait
+			e, n = parseEntry(b)
+		}
+		if n > 0 {
+			j.behind = append(j.behind, place{e.segment, e.from + int64(len(e.data))})
+		} else {
+			n = bytes.IndexByte(b, '\n') + 1
+		}
+		if n == 0 {
+			break
+		}
+		b = b[n:]
+	}
+	return j, true
 }
 
 // open reads what an earlier run has left. An error says that it left something that

@@ -156,6 +156,20 @@ func TestJournalRecovery(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	flip := func(t *testing.T, d *simDisk, path string, at int64) {
+		f, err := d.OpenFile(path, os.O_RDWR, 0)
+		b := make([]byte, 1)
+		if err == nil {
+			_, err = f.ReadAt(b, at)
+		}
+		b[0] ^= 1
+		if err == nil {
+			_, err = f.WriteAt(b, at)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
 	const journal = "/log/journal"
 	for name, c := range map[string]struct {
 		left func(t *testing.T, d *simDisk, o *Options, segment string)
@@ -198,6 +212,17 @@ func TestJournalRecovery(t *testing.T) {
 			o.Boot = otherBoot
 			cut(t, d, journal, int64(journalStart+journalHeader+len(nodeOf(t, d, segment).data)+60))
 		}, 2, false},
+		"power cut, and a flipped bit in the journal": {func(t *testing.T, d *simDisk, o *Options, segment string) {
+			first := int64(len(nodeOf(t, d, segment).durable))
+			lose(nodeOf(t, d, segment))
+			o.Boot = otherBoot
+			flip(t, d, journal, int64(journalStart)+2*int64(journalHeader)+first) // in the second entry
+		}, 2, true},
+		"power cut, and a flipped bit in its first entry": {func(t *testing.T, d *simDisk, o *Options, segment string) {
+			lose(nodeOf(t, d, segment))
+			o.Boot = otherBoot
+			flip(t, d, journal, int64(journalStart+journalHeader))
+		}, 1, true},
 		"power cut, and a journal of nothing": {func(t *testing.T, d *simDisk, o *Options, segment string) {
 			lose(nodeOf(t, d, segment))
 			o.Boot = otherBoot

@@ -15,16 +15,11 @@ import (
 	"time"
 
 	"github.com/castrabus/castra/internal/bus"
-	"github.com/castrabus/castra/internal/wire"
 )
 
 func TestPublishSubscribe(t *testing.T) {
 	o := testOptions(t, t.TempDir())
-	pattern, err := wire.ParsePattern("shared.>")
-	if err != nil {
-		t.Fatal(err)
-	}
-	o.GuestTopics = []wire.Pattern{pattern}
+	o.GuestTopics = guestTopics(t, "shared.>")
 	b := start(t, o)
 	a, c := connect(t, b.addr, "a"), connect(t, b.addr, "c")
 	c.send(`{"type":"subscribe","topic":"shared.*"}`, `{"type":"subscribe","topic":"private","sub":"p"}`, `{"type":"subscribe","topic":"vm:c","sub":"own"}`)

@@ -40,6 +40,16 @@ func testOptions(t testing.TB, dir string) Options {
 	}
 }
 
+// guestTopics are those on which guests hear guests.
+func guestTopics(t testing.TB, pattern string) []wire.Pattern {
+	t.Helper()
+	p, err := wire.ParsePattern(pattern)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return []wire.Pattern{p}
+}
+
 // running is a broker that listens on loopback.
 type running struct {
 	*Broker

@@ -417,11 +417,7 @@ func pack(t testing.TB, text string, conn net.Conn) *os.File {
 // answer and no delivery, none comes twice, and all of it is in order.
 func TestHandOverUnderLoad(t *testing.T) {
 	o := testOptions(t, t.TempDir())
-	shared, err := wire.ParsePattern("load")
-	if err != nil {
-		t.Fatal(err)
-	}
-	o.GuestTopics = []wire.Pattern{shared}
+	o.GuestTopics = guestTopics(t, "load")
 	b := start(t, o)
 	const guests, restarts = 3, 8
 	var work sync.WaitGroup

@@ -11,7 +11,6 @@ import (
 
 	"github.com/castrabus/castra/internal/bus"
 	"github.com/castrabus/castra/internal/eventlog"
-	"github.com/castrabus/castra/internal/wire"
 )
 
 // stuckFS is the machine's file system, whose disk a test can stop.
@@ -244,11 +243,7 @@ func TestStalledOwnCommit(t *testing.T) {
 // publisher, and misses nothing.
 func TestDeafSubscriber(t *testing.T) {
 	o := testOptions(t, t.TempDir())
-	shared, err := wire.ParsePattern("shared")
-	if err != nil {
-		t.Fatal(err)
-	}
-	o.GuestTopics = []wire.Pattern{shared}
+	o.GuestTopics = guestTopics(t, "shared")
 	b := start(t, o)
 	deaf, pub := connect(t, b.addr, "deaf"), connect(t, b.addr, "pub")
 	deaf.send(`{"type":"subscribe","topic":"shared"}`)

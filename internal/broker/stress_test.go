@@ -13,7 +13,6 @@ import (
 
 	"github.com/castrabus/castra/internal/bus"
 	"github.com/castrabus/castra/internal/eventlog"
-	"github.com/castrabus/castra/internal/wire"
 )
 
 // stressed is a publisher of TestStress and what it was told. It sends each message once.
@@ -104,11 +103,7 @@ func TestStress(t *testing.T) {
 	o.FS, o.StallAfter = disk, 10*time.Millisecond
 	o.SegmentSize, o.HandshakeRate.Records = 4<<20, 0
 	o.UnsentBytes = 64 << 10 // so that who does not read is waited for soon
-	shared, err := wire.ParsePattern("shared.>")
-	if err != nil {
-		t.Fatal(err)
-	}
-	o.GuestTopics = []wire.Pattern{shared}
+	o.GuestTopics = guestTopics(t, "shared.>")
 	b := start(t, o)
 	const publishers, deafs = 5, 2
 	var known atomic.Int64

@@ -127,13 +127,6 @@ func crashed(t *testing.T, disk *simDisk) (l *Log, o Options, segment string) {
 	return l, o, filepath.Join(o.Dir, segmentName(1))
 }
 
-// commitOf commits a record of so many bytes and gives why it was refused.
-func commitOf(l *Log, size int) error {
-	b := &Batch{done: make(chan struct{}, 1), Entries: []Entry{{VM: "web1", Topic: []byte("t"), Payload: bytes.Repeat([]byte("1"), size)}}}
-	l.commit(b)
-	return b.Entries[0].Err
-}
-
 func nodeOf(t *testing.T, disk *simDisk, path string) *simNode {
 	t.Helper()
 	_, n, err := disk.find(path)

@@ -63,6 +63,14 @@ func offer(t testing.TB, l *Log, vm, topic, id, payload string) (seq uint64, ref
 	return b.Entries[0].Seq, b.Entries[0].Err
 }
 
+// commitOf commits a record of so many bytes and gives why it was refused, in a log
+// without goroutines.
+func commitOf(l *Log, size int) error {
+	b := &Batch{done: make(chan struct{}, 1), Entries: []Entry{{VM: "web1", Topic: []byte("t"), Payload: bytes.Repeat([]byte("1"), size)}}}
+	l.commit(b)
+	return b.Entries[0].Err
+}
+
 // readFirst begins to read a VM's stream, and gives the first record.
 func readFirst(t testing.TB, l *Log, vm string) (*Reader, Record) {
 	t.Helper()

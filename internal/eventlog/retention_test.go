@@ -173,8 +173,9 @@ func TestVMReaderExpired(t *testing.T) {
 		t.Fatal(err)
 	}
 	for range 60 {
-		b := &Batch{done: make(chan struct{}, 1), Entries: []Entry{{VM: "web1", Topic: []byte("t"), Payload: []byte(`"` + strings.Repeat("x", 300) + `"`)}}}
-		l.commit(b)
+		if err := commitOf(l, 302); err != nil {
+			t.Fatal(err)
+		}
 	}
 	if err := l.perVM.copyNew(); err != nil {
 		t.Fatal(err)

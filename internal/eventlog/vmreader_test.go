@@ -195,9 +195,8 @@ func TestVMReaderBesideLostTail(t *testing.T) {
 		t.Fatal(err)
 	}
 	commit := func() {
-		b := &Batch{Entries: []Entry{{VM: "web1", Topic: []byte("t"), Payload: []byte("1")}}, done: make(chan struct{}, 1)}
-		if l.commit(b); b.Entries[0].Err != nil {
-			t.Fatal(b.Entries[0].Err)
+		if err := commitOf(l, 1); err != nil {
+			t.Fatal(err)
 		}
 		if err := l.perVM.copyNew(); err != nil {
 			t.Fatal(err)

@@ -262,10 +262,18 @@ func (r *recorder) writeDue() {
 func replace(path string, data []byte) error {
 	// No VM's name begins with a dot.
 	tmp := filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+".tmp")
-	if err := os.WriteFile(tmp, data, 0o640); err != nil {
+	f, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o640)
+	if err != nil {
 		return err
 	}
-	err := os.Rename(tmp, path)
+	_, err = f.Write(data)
+	if err == nil {
+		err = f.Sync() // or after a power cut the name stands for an empty file
+	}
+	if err = errors.Join(err, f.Close()); err != nil {
+		return err
+	}
+	err = os.Rename(tmp, path)
 	if errors.Is(err, syscall.EISDIR) || errors.Is(err, fs.ErrExist) { // somebody made a directory of that name
 		if _, err = statefile.SetAside(path); err == nil {
 			err = os.Rename(tmp, path)

@@ -91,8 +91,9 @@ e2e: build
 	CASTRA_E2E=1 go test -race -count=1 -timeout 30m ./e2e
 
 .PHONY: soak
-soak: build ## castrad killed 10,000 times under load, every byte of a MiB flipped: over an hour
-	scripts/need $(E2E_NEEDS)
+soak: packages-here build ## castrad killed 10,000 times under load, power cuts, every byte of a MiB flipped: hours
+	scripts/need $(E2E_NEEDS) xfsprogs
+	CASTRA_E2E=1 CASTRA_CUTS=300 go test -count=1 -timeout 4h -run '^TestPowerCut$$' -v ./e2e
 	CASTRA_E2E=1 CASTRA_KILLS=10000 go test -race -count=1 -timeout 12h -run '^TestKill$$' -v ./e2e
 	CASTRA_FLIP_BYTES=1048576 go test -count=1 -timeout 2h -run '^TestFlippedBitAnywhere$$' -v ./internal/eventlog
 

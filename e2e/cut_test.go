@@ -21,12 +21,13 @@ import (
 func TestPowerCut(t *testing.T) {
 	cuts, err := strconv.Atoi(os.Getenv("CASTRA_CUTS"))
 	if err != nil {
-		powerCuts(t, "mkfs.ext4", "64KiB", 1, 20)
+		powerCuts(t, "mkfs.ext4", diskSector, "64KiB", 1, 20)
 		return
 	}
-	for _, mkfs := range []string{"mkfs.ext4", "mkfs.xfs"} {
+	// What XFS takes for written as soon as its first sector is: a block.
+	for mkfs, torn := range map[string]int64{"mkfs.ext4": diskSector, "mkfs.xfs": 4096} {
 		for _, segment := range []string{"64KiB", "64MiB"} {
-			t.Run(mkfs+" "+segment, func(t *testing.T) { powerCuts(t, mkfs, segment, 2, cuts) })
+			t.Run(mkfs+" "+segment, func(t *testing.T) { powerCuts(t, mkfs, torn, segment, 2, cuts) })
 		}
 	}
 }
@@ -47,7 +48,7 @@ type cutRecord struct {
 
 // powerCuts boots a VM with a new disk, and another one with what a power cut left to the
 // one before. Each is given records, and then that many power cuts are tried.
-func powerCuts(t *testing.T, mkfs, segment string, boots, cuts int) {
+func powerCuts(t *testing.T, mkfs string, torn int64, segment string, boots, cuts int) {
 	c := &cutLab{lab: newLab(t)}
 	c.loadedConfig(fmt.Sprintf("sync = \"always\"\nsegment_size = %q", segment))
 	kernel := c.vmDisk(t)
@@ -72,7 +73,7 @@ func powerCuts(t *testing.T, mkfs, segment string, boots, cuts int) {
 		c.write("writes", "")
 		old := len(c.records)
 		c.publishInVM(kernel, boot)
-		d := openWriteLog(t, c.path("writes"), c.path("before.img"))
+		d := openWriteLog(t, c.path("writes"), c.path("before.img"), torn)
 		// Right behind an ack, anywhere, and write by write: all that one record, one round
 		// of the journal or one segment takes is among them.
 		points := make([]int, cuts)

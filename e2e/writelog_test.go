@@ -27,6 +27,7 @@ type diskWrite struct {
 // writeLog gives a VM's disk as a power cut may leave it.
 type writeLog struct {
 	testing.TB
+	torn   int64 // what the disk writes whole, in bytes
 	log    *os.File
 	writes []diskWrite
 
@@ -36,14 +37,14 @@ type writeLog struct {
 }
 
 // openWriteLog reads a log; image was the disk's before the first write.
-func openWriteLog(t testing.TB, path, image string) *writeLog {
+func openWriteLog(t testing.TB, path, image string, torn int64) *writeLog {
 	t.Helper()
 	log, err := os.Open(path)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { log.Close() })
-	d := &writeLog{TB: t, log: log, durable: image}
+	d := &writeLog{TB: t, torn: torn, log: log, durable: image}
 	var head [4]uint64
 	read := func(at int64) (more bool) {
 		err := binary.Read(io.NewSectionReader(log, at, 32), binary.LittleEndian, &head)
@@ -74,7 +75,7 @@ func (d *writeLog) within(logged int64) int {
 }
 
 // cut makes image the disk after the power has failed behind n writes; n never falls. Of
-// what no flush came after there is all, nothing, some writes, or some sectors.
+// what no flush came after there is all, nothing, some writes, or some blocks.
 func (d *writeLog) cut(image string, n int) {
 	d.Helper()
 	for _, w := range d.writes[d.done:n] {
@@ -90,14 +91,15 @@ func (d *writeLog) cut(image string, n int) {
 	how := rand.IntN(4)
 	var left []diskWrite
 	for _, w := range d.pending {
-		piece := w.size
-		if how == 3 {
-			piece = diskSector
-		}
-		for off := int64(0); off < w.size; off += piece {
+		for off := int64(0); off < w.size; {
+			piece := w.size
+			if how == 3 {
+				piece = min(d.torn-(w.at+off)%d.torn, w.size-off)
+			}
 			if how == 0 || how > 1 && rand.IntN(2) == 0 {
 				left = append(left, diskWrite{at: w.at + off, from: w.from + off, size: piece})
 			}
+			off += piece
 		}
 	}
 	d.apply(image, left)

@@ -156,6 +156,7 @@ func Open(opts Options) (*Broker, error) {
 	b.ctx, b.cancel = context.WithCancel(context.Background())
 	b.ctx2, b.cancel2 = context.WithCancel(context.Background())
 	if !b.inherit(left) {
+		b.records.past = &past{recall: b.recall, read: make(map[string]struct{})}
 		b.work.Go(b.remember)
 	}
 	b.work.Go(func() { b.records.run(b.ctx2) })

@@ -47,6 +47,7 @@ type recorder struct {
 	vms   vmFiles
 	table *presence.Table
 	log   *logrus.Logger
+	past  *past // nil: there is none
 
 	events chan event    // see eventQueue
 	wake   chan struct{} // room for one token: a VM's file is due
@@ -247,6 +248,9 @@ func (r *recorder) writeDue() {
 		return
 	}
 	for name := range due {
+		if r.past != nil {
+			r.past.take(name)
+		}
 		last, ok := r.table.Record(name)
 		switch {
 		case !ok: // forgotten: names that come once must not leave files for ever

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/castrabus/castra/internal/logging"
@@ -19,40 +20,77 @@ import (
 // maxVMFile is more than any VM's file takes.
 const maxVMFile = 1 << 20
 
+// past is what an earlier castrad wrote down of the VMs, as long as it is being read.
+type past struct {
+	recall func(vm string) error
+
+	mu   sync.Mutex          // held while a file is read: whoever is to write it waits
+	read map[string]struct{} // whose files were; nil: all
+	// The files that could not be read.
+	bad   int
+	first error
+}
+
+// take reads what there is of vm, once. Whoever writes vm's file calls it first: a guest
+// may be back before its file's turn has come.
+func (p *past) take(vm string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if _, done := p.read[vm]; done || p.read == nil {
+		return
+	}
+	p.read[vm] = struct{}{}
+	if err := p.recall(vm); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		p.failed(err)
+	}
+}
+
+// failed counts a file that could not be read. Call it with the lock held.
+func (p *past) failed(err error) {
+	if p.bad++; p.first == nil {
+		p.first = err
+	}
+}
+
 // remember takes in when each VM was last heard of, as the castrad before wrote it down:
 // a VM that stays away after the host was started anew was not "never seen". Guests do
 // not wait for it.
 func (b *Broker) remember() {
+	p := b.records.past
 	entries, err := os.ReadDir(b.records.dir)
-	bad, first := 0, err
 	for _, e := range entries {
-		vm, ok := strings.CutSuffix(e.Name(), ".json")
-		if !ok || !wire.ValidName(vm) {
-			continue
-		}
-		registered := b.registered(vm)
-		if !registered && !b.settings.Load().AcceptUnknown {
-			continue
-		}
 		if b.ctx2.Err() != nil {
 			return
 		}
-		last, err := b.records.vms.read(vm)
-		switch {
-		case errors.Is(err, fs.ErrNotExist):
-		case err != nil:
-			if bad++; first == nil {
-				first = err
-			}
-		case !registered && b.opts.RetentionAge > 0 && time.Since(last.Handshake) > b.opts.RetentionAge:
-			// forgetStrangers removes it
-		default:
-			b.table.Remember(vm, last)
+		if vm, ok := strings.CutSuffix(e.Name(), ".json"); ok && wire.ValidName(vm) {
+			p.take(vm)
 		}
 	}
-	if first != nil {
-		logging.PresenceUnknown.On(b.log).WithError(first).WithField("count", max(1, bad)).Warn("when VMs were last heard of is not known")
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.read = nil
+	if err != nil {
+		p.failed(err)
 	}
+	if p.first != nil {
+		logging.PresenceUnknown.On(b.log).WithError(p.first).WithField("count", p.bad).Warn("when VMs were last heard of is not known")
+	}
+}
+
+// recall takes in when vm was last heard of.
+func (b *Broker) recall(vm string) error {
+	registered := b.registered(vm)
+	if !registered && !b.settings.Load().AcceptUnknown {
+		return nil
+	}
+	last, err := b.records.vms.read(vm)
+	if err != nil {
+		return err
+	}
+	if registered || b.opts.RetentionAge <= 0 || time.Since(last.Handshake) <= b.opts.RetentionAge {
+		b.table.Remember(vm, last) // else forgetStrangers removes it
+	}
+	return nil
 }
 
 // read is the other way round than write.

@@ -1,12 +1,15 @@
 package broker
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"github.com/castrabus/castra/internal/bus"
 	"github.com/castrabus/castra/internal/presence"
+	"github.com/castrabus/castra/internal/wire"
 )
 
 // What a castrad that ended wrote down of a VM is known to the next one: when it was last
@@ -63,5 +66,39 @@ func TestLastHeardOfAcrossARestart(t *testing.T) {
 	b.table.Remember("g", last) // read late
 	if vm := b.table.Snapshot([]string{"g"})[0]; !vm.Reachable || vm.Reason != "" {
 		t.Errorf("connected, it is %+v", vm)
+	}
+}
+
+// A guest may be back before its file was read: what that says of it is not written over.
+func TestBackBeforeItsFileWasRead(t *testing.T) {
+	table := presence.New(presence.Options{})
+	records, err := openRecorder(t.TempDir(), table, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := &Broker{opts: testOptions(t, t.TempDir()), table: table, records: records}
+	b.settings.Store(&Settings{AcceptUnknown: true})
+	published := time.Unix(1_700_000_000, 0)
+	files, err := records.vms.files.Open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	before := presence.Last{Handshake: published, Publish: published, Capabilities: []string{wire.CapBus}}
+	if err := errors.Join(records.vms.write(files, "g", &before), files.Close()); err != nil {
+		t.Fatal(err)
+	}
+	records.past = &past{recall: b.recall, read: make(map[string]struct{})}
+
+	if _, _, err := table.Connect("g", nil, "127.0.0.1:1", []string{wire.CapBus}); err != nil {
+		t.Fatal(err)
+	}
+	records.handshake("g")
+	records.writeDue()
+	last, err := records.vms.read("g")
+	if err != nil || !last.Publish.Equal(published) || last.Handshake.Equal(published) {
+		t.Errorf("its file says %+v, %v", last, err)
+	}
+	if vm := table.Snapshot(nil)[0]; vm.LastPublishAgeMS == nil {
+		t.Errorf("it is %+v", vm)
 	}
 }

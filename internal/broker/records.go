@@ -232,16 +232,19 @@ func (r *recorder) writeDue() {
 	due, present := r.due, r.present
 	r.due, r.present = make(map[string]struct{}), false
 	r.mu.Unlock()
-	if present {
+	if len(due) > 0 {
+		r.writeVMs(due)
+	}
+	if present { // synced, for which the VMs' files are not to wait
 		data, err := json.Marshal(r.table.Reachable())
 		if err == nil {
 			err = replace(r.reachableFile(), append(data, '\n'))
 		}
 		r.note(err)
 	}
-	if len(due) == 0 {
-		return
-	}
+}
+
+func (r *recorder) writeVMs(due map[string]struct{}) {
 	files, err := r.vms.files.Open()
 	if err != nil {
 		r.note(err)

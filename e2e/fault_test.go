@@ -316,15 +316,18 @@ func (l *lab) mountSmall(inodes int) {
 	}
 }
 
-// advised tells whether status, its JSON and the journal have what is wrong with a
-// part, and how it is mended.
+// advised waits until status, its JSON and the journal have what is wrong with a part,
+// and how it is mended. A disk that has just become full may take some more meanwhile.
 func (f *faultLab) advised(part, cause, mend string) {
 	f.Helper()
 	f.untilFault(part, cause)
-	text := f.castractl("status")
-	if !strings.Contains(text, "\n"+part+": "+cause+", since ") || !strings.Contains(text, mend) {
-		f.Errorf("status does not say that %s has %s, and %q:\n%s", part, cause, mend, text)
-	}
+	f.until("status says that "+part+" has "+cause, func() error {
+		text := f.castractl("status")
+		if !strings.Contains(text, "\n"+part+": "+cause+", since ") || !strings.Contains(text, mend) {
+			return fmt.Errorf("it does not say %q:\n%s", mend, text)
+		}
+		return nil
+	})
 	f.untilFile("castrad.log", mend)
 }
 
@@ -454,7 +457,16 @@ func (l *lab) readOnly(dir string) (end func()) {
 	l.Cleanup(func() { _ = command(sudo("umount", "--lazy", view)...).Run() })
 	l.root("mount", "-o", "remount,bind,ro", view)
 	l.mount(dir, "--bind", view)
-	return func() { l.root("umount", l.path(dir)) }
+	return func() {
+		l.Helper()
+		l.until(dir+" is writable again", func() error { // it is busy while castrad tries a file in it
+			out, err := command(sudo("umount", l.path(dir))...).CombinedOutput()
+			if err != nil {
+				return fmt.Errorf("%w: %s", err, out)
+			}
+			return nil
+		})
+	}
 }
 
 // The disk is mounted read-only, and then writable again.

@@ -75,10 +75,12 @@ type call struct {
 	link   *link
 	method *method // nil: err says why
 	err    error
-	who    *caller
+	who    *caller // nil: it was not admitted
 	size   int
 	wait   time.Duration // before it is carried out: its sender calls too much
 	after  func()        // what is left to do once the answer is out; may be nil
+
+	uncounted bool // it counts as done
 }
 
 // run carries the call out and answers it.
@@ -102,7 +104,7 @@ func (c *call) run() {
 	args, err := c.perform()
 	if err == nil && c.flags&dbus.FlagNoReplyExpected == 0 {
 		// An answer that cannot be sent as it is still leaves room for an error.
-		err = c.link.conn.reply(&c.header, args...)
+		err = c.link.conn.reply(&c.header, c.uncount, args...)
 	}
 	if err != nil {
 		// If the connection is lost, its reader knows and ends the link.
@@ -167,5 +169,5 @@ func (c *call) sendError(err error) error {
 	if c.flags&dbus.FlagNoReplyExpected != 0 {
 		return nil
 	}
-	return c.link.conn.refuse(&c.header, asDBus(err))
+	return c.link.conn.refuse(&c.header, c.uncount, asDBus(err))
 }

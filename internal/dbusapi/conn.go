@@ -175,7 +175,7 @@ func (c *busConn) call(ctx context.Context, dest string, path dbus.ObjectPath, i
 		delete(c.pending, serial)
 		c.mu.Unlock()
 	}()
-	if err := c.send(m, serial); err != nil {
+	if err := c.send(m, serial, nil); err != nil {
 		return nil, err
 	}
 	select {
@@ -197,24 +197,25 @@ func (c *busConn) emit(path dbus.ObjectPath, iface, member string, args ...any) 
 		dbus.FieldPath:      dbus.MakeVariant(path),
 		dbus.FieldInterface: dbus.MakeVariant(iface),
 		dbus.FieldMember:    dbus.MakeVariant(member),
-	}, Body: args}, c.nextSerial())
+	}, Body: args}, c.nextSerial(), nil)
 }
 
-// reply answers a call. Descriptors in args are sent, and stay the caller's.
-func (c *busConn) reply(to *header, args ...any) error {
+// reply answers a call. Descriptors in args are sent, and stay the caller's. goes is
+// called just before the answer goes out.
+func (c *busConn) reply(to *header, goes func(), args ...any) error {
 	return c.send(&dbus.Message{Type: dbus.TypeMethodReply, Flags: dbus.FlagNoReplyExpected, Headers: map[dbus.HeaderField]dbus.Variant{
 		dbus.FieldDestination: dbus.MakeVariant(to.sender),
 		dbus.FieldReplySerial: dbus.MakeVariant(to.serial),
-	}, Body: args}, c.nextSerial())
+	}, Body: args}, c.nextSerial(), goes)
 }
 
-// refuse answers a call with an error.
-func (c *busConn) refuse(to *header, e dbus.Error) error {
+// refuse answers a call with an error; goes is as with reply.
+func (c *busConn) refuse(to *header, goes func(), e dbus.Error) error {
 	return c.send(&dbus.Message{Type: dbus.TypeError, Flags: dbus.FlagNoReplyExpected, Headers: map[dbus.HeaderField]dbus.Variant{
 		dbus.FieldDestination: dbus.MakeVariant(to.sender),
 		dbus.FieldReplySerial: dbus.MakeVariant(to.serial),
 		dbus.FieldErrorName:   dbus.MakeVariant(e.Name),
-	}, Body: e.Body}, c.nextSerial())
+	}, Body: e.Body}, c.nextSerial(), goes)
 }
 
 // nextSerial numbers a message; nought is not a number.
@@ -226,9 +227,9 @@ func (c *busConn) nextSerial() uint32 {
 	}
 }
 
-// send encodes m and writes it. A write that fails part of the way leaves the
+// send encodes m and writes it; goes, if any, is called when its turn has come. A write that fails part of the way leaves the
 // bus waiting for the rest of a message, so it ends the connection.
-func (c *busConn) send(m *dbus.Message, serial uint32) error {
+func (c *busConn) send(m *dbus.Message, serial uint32, goes func()) error {
 	if len(m.Body) > 0 {
 		m.Headers[dbus.FieldSignature] = dbus.MakeVariant(dbus.SignatureOf(m.Body...))
 		for _, arg := range m.Body {
@@ -251,6 +252,9 @@ func (c *busConn) send(m *dbus.Message, serial uint32) error {
 
 	c.out.Lock()
 	defer c.out.Unlock()
+	if goes != nil {
+		goes()
+	}
 	if len(fds) > 0 {
 		var n int
 		if n, _, err = c.sock.WriteMsgUnix(raw, unix.UnixRights(fds...), nil); err == nil {

@@ -6,6 +6,7 @@ import (
 	"os"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/godbus/dbus/v5"
 
@@ -102,6 +103,36 @@ func TestOrder(t *testing.T) {
 				t.Fatalf("publish %d is %s", n, req.Payload)
 			}
 		}
+	}
+}
+
+// Who has an answer may call again at once: the call that it answers counts no more.
+// Else a sender of as many calls as there may be was refused now and then.
+func TestAnsweredCallsDoNotCount(t *testing.T) {
+	b, f := newBus(t, openPolicy), newFakeBus()
+	begun, end := make(chan struct{}), make(chan struct{})
+	f.answer(func(context.Context, bus.PublishRequest) (uint64, error) {
+		close(begun)
+		<-end
+		return 1, nil
+	})
+	l := &link{}
+	h := quick()
+	h.linked = func(made *link) { l = made }
+	b.serve(Options{Bus: f}, h)
+	call := manager(b.client()).Go(ManagerInterface+".Publish", 0, nil, "t", "1", vars{})
+	<-begun
+	l.mu.Lock() // it cannot be counted as done
+	close(end)
+	select {
+	case <-call.Done:
+		l.mu.Unlock()
+		t.Fatal("a call was answered that still counted")
+	case <-time.After(100 * time.Millisecond): // as long as an answer would take that does not wait
+	}
+	l.mu.Unlock()
+	if err := (<-call.Done).Err; err != nil {
+		t.Error(err)
 	}
 }
 

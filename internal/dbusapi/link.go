@@ -300,14 +300,26 @@ func (l *link) drain(c *call) {
 	}
 }
 
-// carryOut runs one admitted call and counts it as done when its answer is out.
+// carryOut runs one admitted call.
 func (l *link) carryOut(c *call) {
 	c.run()
+	c.uncount() // where there was no answer
+}
+
+// uncount counts a call as done, once. That is just before its answer goes out: who
+// has the answer may call again at once, and must not be refused for the call
+// answered. Of all answers one at a time goes out, so no more than one is not counted.
+func (c *call) uncount() {
+	l, who := c.link, c.who
+	if c.uncounted || who == nil {
+		return
+	}
+	c.uncounted = true
 	l.mu.Lock()
-	c.who.calls, c.who.bytes = c.who.calls-1, c.who.bytes-c.size
+	defer l.mu.Unlock()
+	who.calls, who.bytes = who.calls-1, who.bytes-c.size
 	l.nCalls, l.nBytes = l.nCalls-1, l.nBytes-c.size
-	l.forget(c.sender, c.who)
-	l.mu.Unlock()
+	l.forget(c.sender, who)
 }
 
 // forget drops a caller that has nothing under way and has not called too much

@@ -18,6 +18,10 @@ const (
 	// retryInterval is how often a log that the disk refused tries again.
 	retryInterval = time.Second
 
+	// lookInterval is how often a log that takes records makes sure that its newest
+	// segment is still there.
+	lookInterval = time.Second
+
 	// expireInterval is how often a log that does not grow looks for records
 	// grown too old.
 	expireInterval = 10 * time.Minute
@@ -31,12 +35,13 @@ type committer struct {
 	reserved  int64  // its bytes that blocks are reserved for; -1: the file system cannot
 	backed    int64  // reserved as it was when the segment was synced last
 	journal   journal
-	next      uint64 // the number of the next record
-	failures  int    // writes failed since the last one that succeeded
-	lastError error  // of the newest failed write
-	held      bool   // a segment is kept only because the VMs' streams are behind
-	torn      *Cut   // an unfinished tail that there was no room to keep aside; nil: none
-	led       bool   // it is a publisher who commits
+	next      uint64    // the number of the next record
+	looked    time.Time // when it was seen last that file is there
+	failures  int       // writes failed since the last one that succeeded
+	lastError error     // of the newest failed write
+	held      bool      // a segment is kept only because the VMs' streams are behind
+	torn      *Cut      // an unfinished tail that there was no room to keep aside; nil: none
+	led       bool      // it is a publisher who commits
 
 	group  []*Batch
 	chunk  *chunk   // being filled
@@ -256,7 +261,10 @@ func (l *Log) flush(now time.Time) error {
 		return nil
 	}
 	l.reserve()
-	_, err := c.file.WriteAt(c.chunk.data, c.size)
+	err := l.look(now)
+	if err == nil {
+		_, err = c.file.WriteAt(c.chunk.data, c.size)
+	}
 	if err == nil && l.opts.SyncEvery == 0 {
 		err = c.syncChunk()
 	}

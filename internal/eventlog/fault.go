@@ -3,7 +3,9 @@ package eventlog
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"syscall"
+	"time"
 )
 
 // fail refuses the chunk: none of its records is stored. The segment is cut
@@ -37,6 +39,28 @@ func (l *Log) fail(err error) error {
 	l.setState(told)
 	return we
 }
+
+// look makes sure, at times, that the newest segment is still there: of one that
+// somebody has removed, as people do to make room, everything acknowledged from then on
+// would be lost when it is closed. An error has the next record begin a new one.
+func (l *Log) look(now time.Time) error {
+	c := &l.c
+	if now.Sub(c.looked) < lookInterval {
+		return nil
+	}
+	removed, err := c.file.Removed()
+	if err == nil && removed {
+		c.journal.stale = true // it may be gone likewise, and what it has belongs to the segment
+		err = errors.Join(errRemoved, l.stream.load())
+	}
+	if err != nil {
+		return &fs.PathError{Op: "write", Path: l.stream.path(c.first), Err: err}
+	}
+	c.looked = now
+	return nil
+}
+
+var errRemoved = errors.New("somebody has removed the file, and with it what was in it")
 
 // abandonFile is closeFile after a failed write. What was refused must not come
 // back after a crash, so the cut is synced. Where that fails too, what is left

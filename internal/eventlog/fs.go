@@ -35,6 +35,8 @@ type File interface {
 	// Changed gives when the file, or what is known of it, was changed last, in ns
 	// since 1970: its ctime, which nobody can set.
 	Changed() (int64, error)
+	// Removed tells whether the file has no name any more, and goes when it is closed.
+	Removed() (bool, error)
 	// Sync makes data and size durable (fdatasync). After an error nothing may
 	// be assumed of anything written since the last success: the kernel may
 	// have dropped the pages and call them clean (fsync(2), "ERRORS").
@@ -137,6 +139,12 @@ func (f osFile) Changed() (int64, error) {
 	var st syscall.Stat_t
 	err := f.control("fstat", func(fd int) error { return syscall.Fstat(fd, &st) })
 	return st.Ctim.Nano(), err
+}
+
+func (f osFile) Removed() (bool, error) {
+	var st syscall.Stat_t
+	err := f.control("fstat", func(fd int) error { return syscall.Fstat(fd, &st) })
+	return err == nil && st.Nlink == 0, err
 }
 
 func (f osFile) Sync() error {

@@ -417,6 +417,7 @@ func (f *simFile) Preallocate(off, n int64) error {
 func (f *simFile) Close() error            { return nil }
 func (f *simFile) Size() (int64, error)    { return int64(len(f.n.data)), nil }
 func (f *simFile) Changed() (int64, error) { return f.n.changed, nil }
+func (f *simFile) Removed() (bool, error)  { return false, nil } // nobody else is there
 
 func (n *simNode) write(b []byte, off int64) {
 	w := simWrite{off, append(make([]byte, 0, len(b)), b...)} // never nil

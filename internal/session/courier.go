@@ -155,7 +155,7 @@ func (c *Couriers) work() {
 	}
 }
 
-// courier is one goroutine of Couriers, or one that helps them.
+// courier is one goroutine of Couriers, one that helps them, or one of [Idle].
 type courier struct {
 	of    *Couriers
 	away  func() // has another take its place

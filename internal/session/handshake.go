@@ -80,7 +80,7 @@ func (h *Handshake) Start() {
 		return
 	}
 	if !h.opts.Idle.add(h) {
-		go h.goOn()
+		go h.goOn(nil)
 	}
 }
 
@@ -107,7 +107,8 @@ func (h *Handshake) end(how uint32) {
 
 // goOn is run when there is something to read, or the handshake was ended. It may run
 // for as long as the session that was granted.
-func (h *Handshake) goOn() {
+func (h *Handshake) goOn(w *courier) {
+	w.leave()
 	for {
 		s, err := h.advance()
 		if errors.Is(err, errNothing) {

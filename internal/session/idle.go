@@ -43,7 +43,8 @@ type waiter interface {
 	place() *uint64 // its spot, of Idle; 0: none yet
 	connection() syscall.RawConn
 	over() bool // it was ended, and is not to wait
-	goOn()      // is run when it need not wait any more
+	// goOn is run when it need not wait any more. Until w has left, all others wait for it.
+	goOn(w *courier)
 }
 
 // NewIdle makes an empty one. Run serves it.
@@ -84,8 +85,10 @@ const maxSpare = 16
 // turn, takes one that was woken, leaves the turn to the next and serves it. So there
 // are as many as have something to do, and they are the same all the time: a new one's
 // stack has to grow first, twice as a rule, on which a burst of connections would spend
-// more time than on most of its system calls.
+// more time than on most of its system calls. A heartbeat it answers without leaving the
+// turn: to wake another costs more than that.
 func (l *Idle) serve() {
+	away := l.pass
 	for {
 		// Who ends is never counted among those who wait, not for a moment: the last one
 		// of those would see to no other then.
@@ -100,18 +103,24 @@ func (l *Idle) serve() {
 			return
 		}
 		l.spare.Add(-1)
-		w, err := l.next()
-		if err != nil {
-			l.over <- err
-			close(l.turn)
-			return
+		for c := (courier{away: away}); !c.left; {
+			w, err := l.next()
+			if err != nil {
+				l.over <- err
+				close(l.turn)
+				return
+			}
+			w.goOn(&c)
 		}
-		if l.spare.Load() == 0 {
-			go l.serve()
-		}
-		l.turn <- struct{}{}
-		w.goOn()
 	}
+}
+
+// pass leaves the turn to the next.
+func (l *Idle) pass() {
+	if l.spare.Load() == 0 {
+		go l.serve()
+	}
+	l.turn <- struct{}{}
 }
 
 // next waits for something that was woken. Call it when it is one's turn.
@@ -211,7 +220,7 @@ func (l *Idle) wake(w waiter) {
 	}
 	l.mu.Unlock()
 	if waits {
-		go w.goOn()
+		go w.goOn(nil)
 	}
 }
 
@@ -252,9 +261,13 @@ func (s *Session) pause(free, heard bool) error {
 }
 
 // goOn is run for a session that was idle.
-func (s *Session) goOn() {
+func (s *Session) goOn(w *courier) {
 	s.woken = true
-	s.run(nil)
+	err := s.read(w, nil, nil)
+	if !errors.Is(err, errIdle) {
+		w.leave()
+	}
+	s.conclude(err)
 }
 
 // The parts of a waiter.

@@ -22,7 +22,7 @@ type fake struct {
 func (f *fake) place() *uint64              { return &f.spot }
 func (f *fake) connection() syscall.RawConn { return rawConn{f.conn} }
 func (f *fake) over() bool                  { return f.ended.Load() }
-func (f *fake) goOn()                       { f.run() }
+func (f *fake) goOn(w *courier)             { w.leave(); f.run() }
 
 func idle(t *testing.T) *Idle {
 	t.Helper()

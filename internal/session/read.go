@@ -50,7 +50,7 @@ func (s *Session) run(early []byte) {
 	if !s.woken {
 		err = s.pause(len(early) == 0, false) // a new one has nothing to do, as a rule
 	}
-	s.conclude(s.read(early, err))
+	s.conclude(s.read(nil, early, err))
 }
 
 // conclude is the end of whoever read, err being why.
@@ -127,9 +127,13 @@ func fatalCode(reason string) string {
 }
 
 // read serves bursts of frames until an error ends it, errIdle among them. rest is an
-// incomplete frame, held in no more room than it needs.
-func (s *Session) read(rest []byte, err error) error {
+// incomplete frame, held in no more room than it needs. c leaves before anything is
+// waited for.
+func (s *Session) read(c *courier, rest []byte, err error) error {
 	for err == nil {
+		if !s.woken {
+			c.leave()
+		}
 		var ws *workspace
 		var n int
 		if ws, n, err = s.receive(&rest); errors.Is(err, errNothing) {
@@ -140,10 +144,16 @@ func (s *Session) read(rest []byte, err error) error {
 			break
 		}
 		var left []byte
-		if left, err = s.burst(&ws, ws.buf[:n]); err != nil {
+		if ws.isBeat(ws.buf[:n]) {
+			err = s.beat(c, ws)
+		} else {
+			c.leave()
+			left, err = s.burst(&ws, ws.buf[:n])
+		}
+		if err != nil {
 			return err
 		}
-		rest, err = s.settle(ws, rest, left)
+		rest, err = s.settle(c, ws, rest, left)
 	}
 	if !errors.Is(err, errIdle) { // else somebody else may be reading already
 		s.unread = rest
@@ -152,13 +162,13 @@ func (s *Session) read(rest []byte, err error) error {
 }
 
 // settle is the end of a burst: left is what remains of it, and rest is where to.
-func (s *Session) settle(ws *workspace, rest, left []byte) ([]byte, error) {
+func (s *Session) settle(c *courier, ws *workspace, rest, left []byte) ([]byte, error) {
 	rest = append(rest[:0], left...)
 	if len(rest) == 0 {
 		rest = nil // an idle session holds no buffer
 	}
 	workspaces.Put(ws)
-	s.rest()
+	s.rest(c)
 	return rest, s.pause(len(rest) == 0, true)
 }
 
@@ -175,14 +185,38 @@ const (
 
 // rest reads nothing for as long as the guest has made more work than is its share:
 // what it sends meanwhile waits at its own end of the connection.
-func (s *Session) rest() {
+func (s *Session) rest(c *courier) {
 	spent := s.spent
 	if s.spent = 0; spent == 0 {
 		return
 	}
 	for left := s.guest.Spend(spent); left > 0 && s.ended.Load() == nil; left -= restStep {
+		c.leave()
 		time.Sleep(min(left, restStep))
 	}
+}
+
+// maxBeat is longer than a heartbeat is.
+const maxBeat = 64
+
+// isBeat tells whether b is a heartbeat and nothing else.
+func (w *workspace) isBeat(b []byte) bool {
+	if len(b) > maxBeat {
+		return false
+	}
+	w.out = append(w.out[:0], b...) // decoding changes it
+	frame, rest, err := wire.NextFrame(w.out)
+	return err == nil && frame != nil && len(rest) == 0 &&
+		w.dec.Decode(frame, &w.msg) == nil && w.msg.Type == wire.TypeHeartbeat && w.msg.Bad == ""
+}
+
+// beat answers a heartbeat on which nobody waits, as burst does any other.
+func (s *Session) beat(c *courier, w *workspace) error {
+	s.guest.Heard()
+	s.guest.Heartbeat()
+	s.spent++
+	w.out = wire.AppendAckFrame(w.out[:0], &wire.Ack{Kind: "heartbeat"})
+	return s.write(c, w.out)
 }
 
 // burst answers every whole frame in data and gives the incomplete one at its
@@ -349,7 +383,8 @@ func (s *Session) resume(w *workspace, rest []byte, err error) {
 		s.conclude(err)
 		return
 	}
-	s.conclude(s.read(s.settle(w, nil, left)))
+	rest, err = s.settle(nil, w, nil, left)
+	s.conclude(s.read(nil, rest, err))
 }
 
 // answer writes the answers of a burst, err being what became of its batch.
@@ -382,7 +417,7 @@ func (s *Session) answer(ws **workspace, rest []byte, err error) ([]byte, error)
 	} else {
 		w.batch.Entries, w.arena, w.acks = w.batch.Entries[:0], w.arena[:0], w.acks[:0]
 	}
-	return rest, s.write(out)
+	return rest, s.write(nil, out)
 }
 
 // countPublished notes what was stored; a refused record was not, and a retry

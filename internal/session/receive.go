@@ -71,7 +71,7 @@ func (s *Session) complete(rest []byte) ([]byte, error) {
 		}
 		rest = room[:len(rest)+n]
 		if s.spent++; s.spent >= restReads { // each takes a system call, be it for one byte
-			s.rest()
+			s.rest(nil)
 		}
 	}
 }

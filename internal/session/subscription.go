@@ -185,7 +185,7 @@ func (s *Session) change(r request) error {
 		if a.Code == string(bus.CodeTooManySubscriptions) {
 			s.noteSubscriptions()
 		}
-		return s.write(wire.AppendAckFrame(nil, &a))
+		return s.write(nil, wire.AppendAckFrame(nil, &a))
 	}
 	defer func() { <-s.reading }()
 	if sub != nil {

@@ -131,8 +131,8 @@ func (s *Session) deliverSome(w *courier) (more bool, err error) {
 	return more, s.release(w)
 }
 
-// write sends answers, or leaves them to whoever is writing.
-func (s *Session) write(b []byte) error {
+// write sends answers, or leaves them to whoever is writing. w leaves before it waits.
+func (s *Session) write(w *courier, b []byte) error {
 	s.waitMu.Lock()
 	select {
 	case s.writer <- struct{}{}:
@@ -144,13 +144,13 @@ func (s *Session) write(b []byte) error {
 			return nil
 		}
 		s.waitMu.Unlock()
-		s.writer <- struct{}{}
+		w.take(s.writer)
 	}
-	if err := s.send(nil, b); err != nil {
+	if err := s.send(w, b); err != nil {
 		<-s.writer
 		return err
 	}
-	return s.release(nil)
+	return s.release(w)
 }
 
 // release gives the right to write back, once the answers that waited for it

@@ -54,7 +54,8 @@ type recorder struct {
 
 	mu      sync.Mutex
 	due     map[string]struct{}
-	present bool // who is reachable has changed
+	free    map[string]struct{} // due, the next time: empty, and has grown already
+	present bool                // who is reachable has changed
 	dropped int
 
 	// Of who writes: see note.
@@ -70,7 +71,7 @@ func openRecorder(dir string, table *presence.Table, log *logrus.Logger) (*recor
 	return &recorder{
 		dir: dir, vms: newVMFiles(dir), table: table, log: log,
 		events: make(chan event, eventQueue), wake: make(chan struct{}, 1),
-		due: make(map[string]struct{}),
+		due: make(map[string]struct{}), free: make(map[string]struct{}),
 	}, nil
 }
 
@@ -230,11 +231,13 @@ func (r *recorder) refresh() { r.handshake(r.table.Unrecorded(handshakePeriod)..
 func (r *recorder) writeDue() {
 	r.mu.Lock()
 	due, present := r.due, r.present
-	r.due, r.present = make(map[string]struct{}), false
+	r.due, r.present = r.free, false
 	r.mu.Unlock()
 	if len(due) > 0 {
 		r.writeVMs(due)
+		clear(due)
 	}
+	r.free = due
 	if present { // synced, for which the VMs' files are not to wait
 		data, err := json.Marshal(r.table.Reachable())
 		if err == nil {

@@ -154,3 +154,23 @@ func TestIsBeat(t *testing.T) {
 		}
 	}
 }
+
+// To wait again allocates nothing, since it is done for each heartbeat.
+func TestIdleAddAllocatesNothing(t *testing.T) {
+	l, err := NewIdle()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, _ := pair(t)
+	f := &fake{conn: c}
+	if n := testing.AllocsPerRun(1000, func() {
+		if !l.add(f) || l.take(f.spot) != f {
+			t.Error("it cannot wait")
+		}
+	}); n > 1 { // the race detector has some of what was lent thrown away
+		t.Errorf("it allocates %v times", n)
+	}
+	if err := l.poll.Close(); err != nil {
+		t.Error(err)
+	}
+}

@@ -180,24 +180,49 @@ func (l *Idle) add(w waiter) bool {
 	spot := *place
 	l.waiters[spot] = w
 	l.mu.Unlock()
-	// Once for each time that it waits, and at once if there are bytes already.
-	ev := syscall.EpollEvent{
-		Events: syscall.EPOLLIN | syscall.EPOLLRDHUP | syscall.EPOLLONESHOT,
-		Fd:     int32(uint32(spot)), Pad: int32(uint32(spot >> 32)),
-	}
-	if l.arm(w, op, &ev) != nil || w.over() {
+	if l.arm(w, op, spot) != nil || w.over() {
 		// Nobody would wake it, or it was ended when there was nobody to wake yet.
 		return l.take(spot) == nil
 	}
 	return true
 }
 
-func (l *Idle) arm(w waiter, op int, ev *syscall.EpollEvent) (err error) {
-	pollErr := l.ready.Control(func(poll uintptr) {
-		connErr := w.connection().Control(func(conn uintptr) { err = syscall.EpollCtl(int(poll), op, int(conn), ev) })
-		err = errors.Join(err, connErr)
-	})
-	return errors.Join(err, pollErr)
+// arming is one epoll_ctl(2). They are lent, as attempts are.
+type arming struct {
+	op      int
+	of      syscall.RawConn
+	poll    uintptr
+	ev      syscall.EpollEvent
+	err     error
+	in, add func(fd uintptr)
+}
+
+var armings = sync.Pool{New: func() any {
+	a := &arming{}
+	a.add = func(fd uintptr) { a.err = syscall.EpollCtl(int(a.poll), a.op, int(fd), &a.ev) }
+	a.in = func(poll uintptr) {
+		a.poll = poll
+		if err := a.of.Control(a.add); err != nil {
+			a.err = err
+		}
+	}
+	return a
+}}
+
+// arm has w woken once it can be read from, at once if there are bytes already, and not
+// again before the next time.
+func (l *Idle) arm(w waiter, op int, spot uint64) error {
+	a := armings.Get().(*arming)
+	a.op, a.of, a.err = op, w.connection(), nil
+	a.ev = syscall.EpollEvent{
+		Events: syscall.EPOLLIN | syscall.EPOLLRDHUP | syscall.EPOLLONESHOT,
+		Fd:     int32(uint32(spot)), Pad: int32(uint32(spot >> 32)),
+	}
+	err := l.ready.Control(a.in)
+	err = errors.Join(err, a.err)
+	a.of = nil
+	armings.Put(a)
+	return err
 }
 
 // take removes what waits on spot, nil if nothing does: of all who would wake it

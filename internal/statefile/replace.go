@@ -114,11 +114,12 @@ func (f *Files) Replace(name string, data []byte) error {
 	if err := f.fill(name, data); err != nil {
 		return fmt.Errorf("writing %s/%s: %w", f.r.own, name, err)
 	}
-	if exchange(f.spare, name, f.dir) == nil {
+	err := exchange(f.spare, name, f.dir)
+	if err == nil {
 		return nil
 	}
-	// There is none yet, or the file system cannot, and a spare is made each time.
-	err := unix.Renameat(f.spare, name, f.dir, name)
+	first := errors.Is(err, fs.ErrNotExist) // else the file system cannot, and a spare is made each time
+	err = unix.Renameat(f.spare, name, f.dir, name)
 	if errors.Is(err, unix.EISDIR) {
 		if _, err = SetAside(f.r.Dir + "/" + name); err == nil {
 			err = unix.Renameat(f.spare, name, f.dir, name)
@@ -126,6 +127,13 @@ func (f *Files) Replace(name string, data []byte) error {
 	}
 	if err != nil {
 		return fmt.Errorf("renaming %s/%s to %s: %w", f.r.own, name, f.r.Dir, err)
+	}
+	if first {
+		// The next spare, which costs less while the file's own inode is at hand. Where it
+		// cannot be made, the next Replace says so.
+		if fd, err := unix.Openat(f.spare, name, fillFlags|unix.O_EXCL, uint32(f.r.Perm.Perm())); err == nil {
+			_ = unix.Close(fd)
+		}
 	}
 	return nil
 }

@@ -57,8 +57,8 @@ func TestReplaceReuses(t *testing.T) {
 	r := replacer(t)
 	path := filepath.Join(r.Dir, "f")
 	r.must(t, "a1")
+	first, second := inode(t, path), inode(t, filepath.Join(r.spares(), "f")) // each has its spare at once
 	r.must(t, "a2")
-	first, second := inode(t, filepath.Join(r.spares(), "f")), inode(t, path)
 	for i := range 10 {
 		r.must(t, fmt.Sprintf("b%d", i))
 		if want := []uint64{first, second}[i%2]; inode(t, path) != want {

@@ -109,9 +109,18 @@ func (c *crashLife) checkVerify() {
 // forget takes the record seq out of what is promised.
 func (c *crashLife) forget(seq int) {
 	payload := payloadOf(c.known[seq])
+	if vm, ok := withID(c.known[seq]); ok {
+		c.fewer[vm]++
+	}
 	delete(c.stored, payload)
 	c.never[payload] = c.known[seq]
 	c.known = c.known[:seq]
+}
+
+// withID gives the VM of a record that has an id.
+func withID(what string) (vm string, ok bool) {
+	parts := strings.SplitN(what, " ", 4)
+	return parts[0], parts[2] != ""
 }
 
 func payloadOf(what string) string { return what[strings.LastIndexByte(what, ' ')+1:] }
@@ -157,6 +166,9 @@ func (c *crashLife) know(what string) {
 	if seq, ok := c.stored[payload]; ok {
 		c.violated("%q is stored twice, as %d and %d", what, seq, len(c.known))
 	}
+	if vm, ok := withID(what); ok {
+		c.fewer[vm] = max(0, c.fewer[vm]-1)
+	}
 	c.stored[payload] = uint64(len(c.known))
 	c.known = append(c.known, what)
 	delete(c.unknown, payload)
@@ -170,9 +182,12 @@ func (c *crashLife) checkIDs(l *Log) {
 			seqs[used.id] = max(seqs[used.id], c.stored[used.payload])
 		}
 		newest := slices.Sorted(maps.Values(seqs))
-		since := newest[max(0, len(newest)-crashIDWindow):]
+		oldest := noNumber
+		if i := max(0, len(newest)-crashIDWindow+c.fewer[vm]); i < len(newest) {
+			oldest = newest[i]
+		}
 		for id, want := range seqs {
-			if want > 0 && want < since[0] {
+			if want > 0 && want < oldest {
 				continue // it may be forgotten
 			}
 			if got, err := lookup(l, vm, id); err != nil || got != want {

@@ -48,6 +48,7 @@ type crashLife struct {
 	unknown map[string]string // attempts that a crash cut short, by payload
 	never   map[string]string // refused, or lost in a crash: they must not appear, by payload
 	ids     map[string][]simID
+	fewer   map[string]int    // of a VM's ids are kept, since a crash took so many newer ones
 	oldest  map[string]uint64 // a directory's: what expired before it may be gone
 	asides  [][]byte          // must all be kept
 
@@ -84,7 +85,7 @@ func newCrashLife(seed uint64) *crashLife {
 	c := &crashLife{
 		rng: rng, disk: newSimDisk(rng), known: make([]string, 1),
 		stored: map[string]uint64{}, unknown: map[string]string{}, never: map[string]string{},
-		ids: map[string][]simID{}, oldest: map[string]uint64{},
+		ids: map[string][]simID{}, fewer: map[string]int{}, oldest: map[string]uint64{},
 	}
 	c.opts = testOptions("/log/bus")
 	c.opts.FS, c.opts.SegmentSize, c.opts.Retention, c.opts.Recent = c.disk, 2048, 10<<10, 4096
@@ -94,6 +95,9 @@ func newCrashLife(seed uint64) *crashLife {
 		c.opts.Recent = 16 << 10 // all that is in the journal, as it is with the sizes of castrad
 	}
 	c.plain = seed%crashKinds != crashLazy && rng.IntN(4) == 0
+	if rng.IntN(4) == 0 {
+		c.expired(200 + rng.IntN(50))
+	}
 	c.boot()
 	c.opts.PerVM.together = 1 + rng.IntN(len(crashVMs)) // one by one, or all at once
 	c.opts.OnCut = c.wasCut
@@ -106,6 +110,25 @@ func newCrashLife(seed uint64) *crashLife {
 	}
 	c.disk.fault = c.fault
 	return c
+}
+
+// expired makes the log one whose first so many records have expired: where a number gets
+// another byte, what a crash leaves of it may look like an older one.
+func (c *crashLife) expired(n int) {
+	first := uint64(n) + 1
+	c.known = make([]string, first)
+	c.oldest[c.opts.Dir] = first
+	c.opts.Retention = 0 // or the record that tells might expire, too
+	st := &stream{fs: c.disk, dir: c.opts.Dir}
+	if err := MakeDir(c.disk, st.dir); err != nil {
+		c.violated("%v", err)
+	}
+	if _, err := st.create(first); err != nil {
+		c.violated("%v", err)
+	}
+	if err := st.syncDir(); err != nil {
+		c.violated("%v", err)
+	}
 }
 
 // boot starts the machine anew.

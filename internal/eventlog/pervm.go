@@ -207,9 +207,13 @@ func (p *perVM) loadAll() error {
 			if ids == e.IsDir() {
 				continue // nothing of ours
 			}
-			if _, err := p.stream([]byte(vm)); err != nil {
+			s, err := p.stream([]byte(vm))
+			if err != nil {
 				return err
 			}
+			// Also where nothing is cut off now: a start that was killed may have done it,
+			// and a power cut take that back behind the position that is saved next.
+			p.written(s)
 		}
 	}
 	return nil

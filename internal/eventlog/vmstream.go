@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"syscall"
 	"time"
 )
@@ -127,11 +128,37 @@ func (s *vmStream) loadIDs(upTo uint64) (cut bool, err error) {
 	if err == nil {
 		s.idSize, err = endOfIDs(f, size, upTo)
 	}
+	if _, whole := s.p.filesHold(); err == nil && (!whole || s.p.doubted) {
+		s.idSize, err = s.trueIDs(f, s.idSize)
+	}
 	if err == nil && s.idSize < size {
 		cut = true
 		err = f.Truncate(s.idSize)
 	}
 	return cut, errors.Join(err, f.Close())
+}
+
+// trueIDs gives where the entries before end end that a crash has not made up: a number of
+// which it left the first bytes alone looks like that of an older record. A record that has
+// expired cannot tell.
+func (s *vmStream) trueIDs(f File, end int64) (int64, error) {
+	var b [idEntry]byte
+	for ; end > 0; end -= idEntry {
+		if _, err := f.ReadAt(b[:], end-idEntry); err != nil && !errors.Is(err, io.EOF) {
+			return 0, err
+		}
+		entry := idSeq{idKey(b[:]), binary.BigEndian.Uint64(b[idHash:])}
+		r := s.p.log.NewReader(entry.seq)
+		var rec Record
+		run, ok, err := r.nextRun(&rec, 1)
+		known := ok && err == nil // of what is damaged copying will tell
+		lie := known && (string(rec.VM) != s.vm || !slices.Contains(run.ids, entry))
+		r.Close()
+		if !lie {
+			break
+		}
+	}
+	return end, nil
 }
 
 // endOf gives where the newest record of at most upTo ends in the file's first

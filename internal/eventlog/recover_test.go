@@ -553,49 +553,54 @@ func TestDiskFaults(t *testing.T) {
 	}
 }
 
-// namelessFS cannot sync a directory's names, nor make a file where one was removed.
-type namelessFS struct {
-	FS
-	sick, removed atomic.Bool
-}
-
-func (n *namelessFS) OpenFile(name string, flag int, perm fs.FileMode) (File, error) {
-	if n.removed.Load() && flag&os.O_EXCL != 0 {
-		return nil, syscall.EIO
-	}
-	return n.FS.OpenFile(name, flag, perm)
-}
-
-func (n *namelessFS) Remove(name string) error {
-	n.removed.Store(n.sick.Load())
-	return n.FS.Remove(name)
-}
-
-func (n *namelessFS) SyncDir(dir string) error {
-	if n.sick.Load() {
-		return syscall.EIO
-	}
-	return n.FS.SyncDir(dir)
-}
-
-// What is stored is found while the disk refuses the next segment.
-func TestSearchWithoutNewestSegment(t *testing.T) {
-	sick := &namelessFS{FS: OS}
-	o := testOptions(t.TempDir())
-	o.FS, o.PerVM = sick, nil
-	l := mustOpen(t, o)
-	defer mustClose(t, l)
-	big := `"` + strings.Repeat("x", 40_000) + `"`
-	publish(t, l, "web1", "t", "", big)
-	sick.sick.Store(true)
-	for !sick.removed.Load() {
-		if _, refused := offer(t, l, "web1", "t", "", big); refused == nil {
-			t.Fatal("nothing was refused")
+// Where the only segment is an empty one that could not be written, the log makes it anew;
+// if the power fails then it does not count from 1 again.
+func TestOnlySegmentIsThereAlways(t *testing.T) {
+	const first = 200
+	for crashAt := 1; ; crashAt++ {
+		done := false
+		for seed := range uint64(8) {
+			disk := newSimDisk(rand.New(rand.NewPCG(seed, uint64(crashAt))))
+			o := testOptions("/log")
+			o.FS, o.PerVM = disk, nil
+			if err := MakeDir(disk, o.Dir); err != nil {
+				t.Fatal(err)
+			}
+			st := stream{fs: disk, dir: o.Dir}
+			if _, err := st.create(first); err != nil {
+				t.Fatal(err)
+			}
+			if err := st.syncDir(); err != nil {
+				t.Fatal(err)
+			}
+			l, _, err := open(o)
+			if err != nil {
+				t.Fatal(err)
+			}
+			failed := false
+			disk.fault = func(op, _ string) error {
+				if op != "write" || failed {
+					return nil
+				}
+				failed = true
+				return syscall.EIO
+			}
+			disk.crashAt = disk.ops + crashAt
+			done = func() (done bool) {
+				defer func() { done = recover() == nil }()
+				_ = commitOf(l, 1)
+				_ = commitOf(l, 1)
+				return true
+			}()
+			disk.fault = nil
+			disk.crash(true, true)
+			if l, _, err = open(o); err != nil || l.Committed() < first-1 {
+				t.Fatalf("a crash at %d: the newest record is %d, %v", crashAt, l.Committed(), err)
+			}
 		}
-	}
-	seq, err := l.LastMatching(1, func(*Record) bool { return true })
-	if err != nil || seq != 1 {
-		t.Errorf("the last record is %d, %v", seq, err)
+		if done {
+			return
+		}
 	}
 }
 

@@ -95,14 +95,14 @@ func (s *stream) load() error {
 // create makes the segment that begins at first; until the directory is synced
 // its name may be lost, and with it what is in it. A file of that name can only
 // be the remains of a write that failed before any record of it was durable; it
-// is replaced.
+// is replaced, and by a rename: were it the only one and gone when the power fails,
+// the log would count from 1 again.
 func (s *stream) create(first uint64) (File, error) {
 	name := s.path(first)
 	f, err := s.fs.OpenFile(name, os.O_RDWR|os.O_CREATE|os.O_EXCL, filePerm)
 	if errors.Is(err, fs.ErrExist) {
-		if err = s.fs.Remove(name); err == nil {
-			s.drop(first) // or searches would come upon a file that is not there
-			f, err = s.fs.OpenFile(name, os.O_RDWR|os.O_CREATE|os.O_EXCL, filePerm)
+		if err = replaceFile(s.fs, name, nil); err == nil {
+			f, err = s.fs.OpenFile(name, os.O_RDWR, filePerm)
 		}
 	}
 	if err != nil {

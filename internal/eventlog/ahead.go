@@ -48,6 +48,9 @@ func (c *committer) syncSegment() error {
 		j.mark(noBoot)
 	}
 	if err := c.file.Sync(); err != nil {
+		if j.ahead { // what castrad does to the segment now must not look like somebody else's
+			_ = j.file.Sync()
+		}
 		j.lost = j.lost || j.ahead
 		j.stale = j.stale || j.lost
 		return err

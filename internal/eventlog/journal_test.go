@@ -308,6 +308,62 @@ func TestJournalOutlivesASyncThatFails(t *testing.T) {
 	}
 }
 
+// A disk whose syncs fail may go away and come back before castrad has it all on it: what
+// castrad itself has done to the segment by then keeps no start from taking the journal.
+func TestJournalOfADiskThatFailedAndWentAway(t *testing.T) {
+	for seed := range uint64(16) {
+		disk := newSimDisk(rand.New(rand.NewPCG(seed, 1)))
+		l, o, segment := crashed(t, disk)
+		failing := 2
+		disk.fault = func(op, path string) error {
+			if op == "sync" && path == segment && failing > 0 {
+				failing--
+				return syscall.EIO
+			}
+			return nil
+		}
+		if err := commitOf(l, journalMost); !errors.Is(err, syscall.EIO) {
+			t.Fatalf("a large record: %v", err)
+		}
+		disk.fault = nil
+		disk.crash(true, false)
+		if _, rec, err := open(o); err != nil || rec.Last != 4 || len(rec.Damaged) > 0 {
+			t.Fatalf("seed %d: %+v, %v", seed, rec, err)
+		}
+	}
+}
+
+// What the journal has behind the last record that was acknowledged was refused, and is
+// not written to the segment with the others.
+func TestRestoreEndsBeforeWhatWasRefused(t *testing.T) {
+	for seed := range uint64(16) {
+		disk := newSimDisk(rand.New(rand.NewPCG(seed, 1)))
+		l, o, segment := crashed(t, disk)
+		failing := 2 // of the segment, before it is left and when it is written again
+		disk.fault = func(op, path string) error {
+			switch {
+			case op == "sync" && path == o.Journal && failing == 2:
+				return syscall.EIO
+			case op == "sync" && path == segment && failing > 0:
+				failing--
+				return syscall.EIO
+			}
+			return nil
+		}
+		if err := commitOf(l, 1); !errors.Is(err, syscall.EIO) || !l.c.journal.lost {
+			t.Fatalf("a fifth record: %v", err)
+		}
+		if err := l.mend(); err != nil {
+			t.Fatal(err)
+		}
+		disk.crash(true, true)
+		o.Boot = otherBoot
+		if _, rec, err := open(o); err != nil || rec.Last != 4 {
+			t.Fatalf("seed %d: %+v, %v", seed, rec, err)
+		}
+	}
+}
+
 // A start that is killed while it writes to the segment again, in the boot in which the
 // disk went away, has not changed it: the next start does it all.
 func TestJournalRedoneAgain(t *testing.T) {

@@ -98,10 +98,14 @@ func (l *Log) redo(f File, seg *segment, found journaled, rec *Recovery) (sure i
 // damaged, those behind it show how far it went. What is left of earlier rounds is in the
 // segment.
 func (l *Log) missing(seg *segment, found journaled, rec *Recovery) {
+	end := seg.size
 	for _, p := range found.behind {
-		if p.segment == seg.first && p.end > seg.size && rec.Journal == nil {
-			rec.Journal = fmt.Errorf("the journal is damaged: it went beyond byte %d of %s, up to %d at least", seg.size, l.stream.path(seg.first), p.end)
+		if p.segment == seg.first {
+			end = max(end, p.end)
 		}
+	}
+	if end > seg.size && rec.Journal == nil {
+		rec.Journal = fmt.Errorf("the journal is damaged: it went beyond byte %d of %s, up to %d at least", seg.size, l.stream.path(seg.first), end)
 	}
 }
 

@@ -264,6 +264,21 @@ func TestJournalRecovery(t *testing.T) {
 	}
 }
 
+// Of a damaged journal is told how far it went, which may be far behind the damage.
+func TestDamagedJournalTellsItsEnd(t *testing.T) {
+	disk := newSimDisk(rand.New(rand.NewPCG(1, 1)))
+	_, o, segment := crashed(t, disk)
+	n := nodeOf(t, disk, segment)
+	end := len(n.data)
+	n.pending, n.data = nil, bytes.Clone(n.durable)
+	nodeOf(t, disk, o.Journal).data[journalStart+journalHeader] ^= 1 // in the first of three entries
+	o.Boot = otherBoot
+	_, rec, err := open(o)
+	if want := fmt.Sprintf("beyond byte %d of %s, up to %d at least", len(n.durable), segment, end); err != nil || rec.Journal == nil || !strings.HasSuffix(rec.Journal.Error(), want) {
+		t.Errorf("told %v, %v; want %q", rec.Journal, err, want)
+	}
+}
+
 // A clean end leaves no journal, and all of it in the segment.
 func TestJournalGoesWithTheLog(t *testing.T) {
 	disk := newSimDisk(rand.New(rand.NewPCG(1, 1)))

@@ -118,6 +118,9 @@ func (l *Log) reopen() error {
 // recovers even if nobody publishes.
 func (l *Log) retry() {
 	c := &l.c
+	if l.state.Load().Degraded == "" {
+		return // a publisher has got it going, who had his turn first
+	}
 	if c.file == nil {
 		if err := l.reopen(); err != nil {
 			return

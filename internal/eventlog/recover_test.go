@@ -669,6 +669,33 @@ func testLazySyncAfterFault(t *testing.T, at string) {
 	mustClose(t, l)
 }
 
+// The timer of a fault may fire, and a publisher who has his turn first find that it is
+// over. The log does not call itself full then, for room that nobody asked for.
+func TestRetryOfALogThatIsWell(t *testing.T) {
+	disk := newSimDisk(rand.New(rand.NewPCG(1, 1)))
+	o := testOptions("/log")
+	o.FS, o.PerVM, o.SegmentSize = disk, nil, 16<<10
+	l, _, err := open(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	disk.noRoom = true
+	if commitOf(l, 1) == nil || l.State().Degraded == "" {
+		t.Fatal("a full disk takes a record")
+	}
+	disk.noRoom = false
+	if err := commitOf(l, 1); err != nil {
+		t.Fatal(err)
+	}
+	disk.noRoom = true
+	if l.retry(); l.State().Degraded != "" {
+		t.Errorf("it is %+v", l.State())
+	}
+	if err := commitOf(l, 1); err != nil {
+		t.Error(err)
+	}
+}
+
 // A fault that is over before anybody could be told of it is told all the same.
 func TestShortFaultIsTold(t *testing.T) {
 	sick := &sickFS{FS: OS}

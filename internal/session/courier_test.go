@@ -95,6 +95,49 @@ func TestHelpEnds(t *testing.T) {
 	}
 }
 
+// Who helps one session delivers to it for no longer than a courier does at a time, and
+// leaves what there is still to a courier.
+func TestHelpLeavesTheRest(t *testing.T) {
+	c := NewCouriers()
+	log, _, err := eventlog.Open(eventlog.Options{Dir: t.TempDir(), SegmentSize: 1 << 20})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = log.Close() })
+	b := &eventlog.Batch{}
+	for range scanLimit + 1 {
+		b.Entries = append(b.Entries, eventlog.Entry{VM: "a", Topic: []byte("other")})
+	}
+	if err := log.Append(t.Context(), b); err != nil {
+		t.Fatal(err)
+	}
+	s := newSession(nil, nil, nil, &Options{Log: log, Couriers: c})
+	pattern, err := wire.ParsePattern("t")
+	if err != nil {
+		t.Fatal(err)
+	}
+	subs := []*Subscription{{s: s, name: "t", pattern: pattern, reader: log.NewReader(1)}}
+	s.subs.Store(&subs)
+	if !subs[0].Notify(1) {
+		t.Fatal("nobody is to deliver")
+	}
+	c.Leave(s)
+	c.Help(func() { t.Error("it is kept waiting") })
+	if got := subs[0].position.Load(); got != scanLimit {
+		t.Errorf("who helps came to the record %d", got)
+	}
+	c.mu.Lock()
+	next := c.first()
+	c.mu.Unlock()
+	if next != s {
+		t.Fatal("the rest is delivered by nobody")
+	}
+	(&courier{of: c}).attend(s)
+	if got := subs[0].position.Load(); got != scanLimit+1 {
+		t.Errorf("the courier came to the record %d", got)
+	}
+}
+
 // Who helps has all that were left delivered to, those that it does not take itself by
 // the couriers.
 func TestHelpLeavesNobody(t *testing.T) {

@@ -44,10 +44,14 @@ func (c *committer) syncChunk() error {
 // the journal begins anew.
 func (c *committer) syncSegment() error {
 	j := &c.journal
+	var err error
 	if j.ahead { // should castrad be killed in a sync that fails, no start may trust the kernel
-		j.mark(noBoot)
+		err = j.mark(noBoot)
 	}
-	if err := c.file.Sync(); err != nil {
+	if err == nil {
+		err = c.file.Sync()
+	}
+	if err != nil {
 		if j.ahead { // what castrad does to the segment now must not look like somebody else's
 			_ = j.file.Sync()
 		}
@@ -56,7 +60,7 @@ func (c *committer) syncSegment() error {
 		return err
 	}
 	if j.ahead {
-		j.mark(j.boot)
+		_ = j.mark(j.boot) // with the other one a start writes more than it must
 	}
 	j.begin()
 	c.backed = c.reserved
@@ -85,7 +89,10 @@ func (l *Log) redo(f File, seg *segment, found journaled, rec *Recovery) (sure i
 	if found.boot == l.c.journal.boot && changed > found.written {
 		return found.from, nil
 	}
-	l.c.journal.mark(noBoot) // a start that is killed here leaves the segment newer, and half done
+	// A start that is killed behind this leaves the segment newer, and half done.
+	if err := l.c.journal.mark(noBoot); err != nil {
+		return 0, err
+	}
 	if _, err := f.WriteAt(found.data, found.from); err != nil {
 		return 0, err
 	}
@@ -137,7 +144,9 @@ func (l *Log) restore() error {
 	if err != nil {
 		return err
 	}
-	_, err = f.WriteAt(found.data[:n], found.from)
+	if err = c.journal.mark(noBoot); err == nil {
+		_, err = f.WriteAt(found.data[:n], found.from)
+	}
 	if err == nil {
 		err = f.Sync()
 	}

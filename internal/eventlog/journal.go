@@ -261,11 +261,13 @@ func (j *journal) add(segment uint64, off, written int64, data []byte) error {
 }
 
 // mark makes boot the one that a start finds. That is another one after a power cut anyway,
-// so it is not synced; and where it cannot be written nothing can.
-func (j *journal) mark(boot string) {
-	if j.file != nil {
-		_, _ = j.file.WriteAt([]byte(boot), int64(len(journalHead)))
+// so it is not synced.
+func (j *journal) mark(boot string) error {
+	if j.file == nil {
+		return nil
 	}
+	_, err := j.file.WriteAt([]byte(boot), int64(len(journalHead)))
+	return err
 }
 
 func (j *journal) close() {

@@ -323,6 +323,36 @@ func TestJournalOutlivesASyncThatFails(t *testing.T) {
 	}
 }
 
+// Where the journal cannot be told that a sync of the segment begins, none does: it might
+// fail, and castrad be killed in it.
+func TestJournalThatCannotBeMarked(t *testing.T) {
+	for seed := range uint64(128) { // a write that fails may have written any part
+		disk := newSimDisk(rand.New(rand.NewPCG(seed, 1)))
+		l, o, segment := crashed(t, disk)
+		disk.fault = func(op, path string) error {
+			switch {
+			case op == "write" && path == o.Journal:
+				return syscall.EIO
+			case op == "sync" && path == segment:
+				n := nodeOf(t, disk, segment)
+				n.pending, n.data = nil, bytes.Clone(n.durable)
+				panic(errPowerCut)
+			}
+			return nil
+		}
+		func() {
+			defer func() { _ = recover() }()
+			if err := commitOf(l, journalMost); !errors.Is(err, syscall.EIO) {
+				t.Errorf("a large record: %v", err)
+			}
+		}()
+		disk.fault = nil
+		if _, rec, err := open(o); err != nil || rec.Last < 4 {
+			t.Fatalf("seed %d: %+v, %v", seed, rec, err)
+		}
+	}
+}
+
 // A disk whose syncs fail may go away and come back before castrad has it all on it: what
 // castrad itself has done to the segment by then keeps no start from taking the journal.
 func TestJournalOfADiskThatFailedAndWentAway(t *testing.T) {

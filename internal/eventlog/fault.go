@@ -79,6 +79,11 @@ func (l *Log) abandonFile() error {
 	}
 	_ = l.mend() // settle tries it again
 	c.file = nil
+	if c.journal.lost {
+		if markErr := c.journal.mark(noBoot); markErr != nil { // then nor does this sync, see syncSegment
+			return errors.Join(err, markErr, f.Close())
+		}
+	}
 	return errors.Join(err, f.Truncate(c.size), f.Sync(), f.Close())
 }
 

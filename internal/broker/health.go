@@ -74,9 +74,12 @@ func (b *Broker) note(p part, err error) {
 	w := partWords[p]
 	var now *fault
 	if err != nil {
-		cause := eventlog.Cause(err)
+		cause, effect := eventlog.Cause(err), w.effect
+		if p == partLog && cause == eventlog.CauseRemoved {
+			effect = "what the files had is lost, of which readers are told, and publishes are refused until castrad has a new one; sessions and heartbeats go on"
+		}
 		now = &fault{since: time.Now(), Fault: bus.Fault{
-			Part: w.name, Cause: cause, Effect: w.effect, Detail: err.Error(),
+			Part: w.name, Cause: cause, Effect: effect, Detail: err.Error(),
 			Advice: advice(cause, b.pathOf(p, err)),
 		}}
 	}
@@ -95,7 +98,7 @@ func (b *Broker) note(p part, err error) {
 		w.works.On(b.log).WithField("part", w.name).Info(w.again)
 	default:
 		w.broken.On(b.log).WithError(err).WithFields(logrus.Fields{"part": w.name, "reason": now.Cause}).
-			Errorf("degraded: %s%s: %s. To mend it: %s", w.state, now.Cause, w.effect, now.Advice)
+			Errorf("degraded: %s%s: %s. To mend it: %s", w.state, now.Cause, now.Effect, now.Advice)
 	}
 	token.Leave(h.changed)
 }
@@ -153,6 +156,8 @@ func advice(cause, path string) string {
 		return "let castrad have more files: systemctl edit castrad.service, LimitNOFILE=; see who has them: ls -l /proc/$(pidof castrad)/fd"
 	case eventlog.CauseStalled:
 		return fmt.Sprintf("see what keeps the disk under %s busy (a backup, a snapshot, a lost network disk): dmesg, iostat -x 1; castrad goes on by itself when it answers", dir)
+	case eventlog.CauseRemoved:
+		return fmt.Sprintf("leave what is under %s to castrad, which keeps as much as host_retention_size and its like say; it goes on by itself, and where the directory has gone, too, after systemctl restart castrad", dir)
 	default:
 		return fmt.Sprintf("look for errors of the disk under %s: dmesg, smartctl -a; castrad tries again every second, and goes on by itself", dir)
 	}

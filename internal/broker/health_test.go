@@ -41,6 +41,7 @@ func TestFaults(t *testing.T) {
 		{partLog, at(syscall.ENOSPC), "degraded: disk full", eventlog.CauseFull, "make room on the file system of " + o.LogDir},
 		{partLog, at(syscall.EDQUOT), "degraded: disk full", eventlog.CauseFull, "make room"},
 		{partLog, eventlog.ErrStalled, "degraded: disk stalled", eventlog.CauseStalled, "keeps the disk under " + o.LogDir},
+		{partLog, at(syscall.ENOENT), "degraded: log files removed", eventlog.CauseRemoved, "leave what is under " + o.LogDir},
 		{partVMStreams, at(syscall.EROFS), "degraded: VM streams: disk read-only", eventlog.CauseReadOnly, "-T " + o.LogDir + "/bus/vm/web1)"},
 		{partVMStreams, at(syscall.EACCES), "degraded: VM streams: permission denied", eventlog.CauseDenied, "ls -ld " + o.LogDir + "/bus/vm/web1 " + file},
 		{partVMStreams, at(syscall.EMFILE), "degraded: VM streams: too many open files", eventlog.CauseFiles, "LimitNOFILE="},
@@ -53,6 +54,9 @@ func TestFaults(t *testing.T) {
 		if b := st.Broker; b.State != c.state || len(b.Faults) != 1 || b.Faults[0].Cause != c.cause || b.Faults[0].Part != partWords[c.part].name ||
 			b.Faults[0].Detail != c.err.Error() || !strings.Contains(b.Faults[0].Advice, c.mend) {
 			t.Errorf("%v: %+v; want %q and %q", c.err, b, c.state, c.mend)
+		}
+		if lost := c.cause == eventlog.CauseRemoved; c.part == partLog && lost == strings.Contains(st.Broker.Faults[0].Effect, "nothing acknowledged is lost") {
+			t.Errorf("%v: its effect is %q", c.err, st.Broker.Faults[0].Effect)
 		}
 		if n := len(hook.AllEntries()); n != 1 || !strings.Contains(hook.LastEntry().Message, c.mend) || hook.LastEntry().Level != logrus.ErrorLevel {
 			t.Errorf("%v: the journal has %d lines, the last: %q", c.err, n, hook.LastEntry().Message)

@@ -13,7 +13,8 @@ const (
 	CauseDenied    = "permission denied"
 	CauseFiles     = "too many open files"
 	CauseStalled   = "disk stalled"
-	CauseDiskError = "disk error" // all else
+	CauseRemoved   = "log files removed" // by somebody else, while they were in use
+	CauseDiskError = "disk error"        // all else
 )
 
 // Cause names what kind of trouble err is.
@@ -21,6 +22,8 @@ func Cause(err error) string {
 	switch {
 	case errors.Is(err, ErrStalled):
 		return CauseStalled
+	case errors.Is(err, errRemoved), errors.Is(err, fs.ErrNotExist):
+		return CauseRemoved
 	case isFull(err):
 		return CauseFull
 	case errors.Is(err, syscall.EROFS):

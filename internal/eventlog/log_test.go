@@ -445,8 +445,8 @@ func TestRemovedWhileOpen(t *testing.T) {
 				}
 				time.Sleep(lookInterval)
 				_, refused := offer(t, l, "web1", "t", "", `1`)
-				if refused == nil {
-					t.Fatal("a record was taken into a segment that is gone")
+				if Cause(refused) != CauseRemoved {
+					t.Fatalf("a segment that is gone: %v", refused)
 				}
 				if what == "directory" {
 					if _, refused := offer(t, l, "web1", "t", "", `1`); refused == nil {

@@ -112,6 +112,17 @@ func TestExplainRungs(t *testing.T) {
 			nil, "", "", ExitDone, "",
 		},
 		{
+			"a clone", func(_ *bus.Status, vm *bus.VM) { vm.Contended, vm.Superseded = true, 7 },
+			nil, rungSession, "", ExitUnreachable, "keep replacing each other under this name: 7 times; give one of them a name",
+		},
+		{
+			"degraded, and it says why", func(st *bus.Status, _ *bus.VM) {
+				st.Broker.State = "degraded: disk full"
+				st.Broker.Faults = []bus.Fault{{Part: "event-log", Cause: "disk full", Advice: "make room on /var/log"}, {Part: "cursors", Advice: "look"}}
+			},
+			nil, rungStorage, "", ExitUnreachable, "castrad is degraded: disk full; make room on /var/log",
+		},
+		{
 			"degraded", func(st *bus.Status, _ *bus.VM) { st.Broker.State = "degraded: disk stalled" },
 			nil, rungStorage, "", ExitUnreachable, "castrad is degraded: disk stalled; is the disk full, or does it not answer? df /var/log/castra; castractl logs",
 		},

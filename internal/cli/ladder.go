@@ -213,6 +213,11 @@ func (l *ladder) handshake(vm *bus.VM) rung {
 
 func (l *ladder) session(vm *bus.VM) rung {
 	switch {
+	case vm.Contended:
+		return rung{
+			State: rungBroken, What: fmt.Sprintf("two guests, as clones do, keep replacing each other under this name: %d times", vm.Superseded),
+			Mend: "give one of them a name and a key of its own: castractl vm add NAME",
+		}
 	case vm.Session != "" && vm.RemoteAddr != "":
 		return rung{State: rungOK, What: "from " + vm.RemoteAddr}
 	case vm.Session != "":
@@ -292,6 +297,8 @@ func (l *ladder) storage(*bus.VM) rung {
 	switch word, why, _ := strings.Cut(b.State, ": "); {
 	case l.guest() && b.SpoolCount > 0:
 		return rung{State: rungNote, What: fmt.Sprintf("%d messages (%d bytes) wait in this guest for the host", b.SpoolCount, b.SpoolBytes)}
+	case word == "degraded" && len(b.Faults) > 0:
+		return rung{State: rungBroken, What: "castrad is degraded: " + why, Mend: b.Faults[0].Advice}
 	case word == "degraded":
 		return rung{State: rungBroken, What: "castrad is degraded: " + why, Mend: "is the disk full, or does it not answer? df " + b.LogDir + "; castractl logs"}
 	}

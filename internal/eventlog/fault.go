@@ -84,7 +84,12 @@ func (l *Log) abandonFile() error {
 			return errors.Join(err, markErr, f.Close())
 		}
 	}
-	return errors.Join(err, f.Truncate(c.size), f.Sync(), f.Close())
+	err = errors.Join(err, f.Truncate(c.size))
+	if c.journal.stale {
+		// A start writes again what the journal has, and the cut gave up the room for it.
+		_ = f.Preallocate(c.size, journalMost)
+	}
+	return errors.Join(err, f.Sync(), f.Close())
 }
 
 func mayBeLost(durable, committed uint64, err error) error {

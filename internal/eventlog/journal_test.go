@@ -353,6 +353,30 @@ func TestJournalThatCannotBeMarked(t *testing.T) {
 	}
 }
 
+// A journal that cannot be removed has what was refused, for which a start on a full disk
+// finds room.
+func TestJournalThatStays(t *testing.T) {
+	for seed := range uint64(16) { // a sync that fails may have written all the same
+		disk := newSimDisk(rand.New(rand.NewPCG(seed, 1)))
+		l, o, _ := crashed(t, disk)
+		disk.fault = func(op, path string) error {
+			if path == o.Journal && (op == "sync" || op == "remove") {
+				return syscall.EIO
+			}
+			return nil
+		}
+		if err := commitOf(l, 1); !errors.Is(err, syscall.EIO) {
+			t.Fatalf("a record that the journal does not take: %v", err)
+		}
+		disk.fault = nil
+		o.Boot = strings.Repeat("b", bootDigits)
+		disk.noRoom = true
+		if _, rec, err := open(o); err != nil || rec.Last < 4 {
+			t.Errorf("seed %d: a start on the full disk: %+v, %v", seed, rec, err)
+		}
+	}
+}
+
 // A disk whose syncs fail may go away and come back before castrad has it all on it: what
 // castrad itself has done to the segment by then keeps no start from taking the journal.
 func TestJournalOfADiskThatFailedAndWentAway(t *testing.T) {

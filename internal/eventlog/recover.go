@@ -233,6 +233,10 @@ func (l *Log) cut(f File, c *Cut) error {
 	if err == nil {
 		err = f.Truncate(c.Offset)
 	}
+	if err == nil {
+		// The next start may write again what the journal has, if this one ends before that is new.
+		_ = f.Preallocate(c.Offset, c.Bytes)
+	}
 	if err != nil {
 		// The segment has it all yet, and the next attempt makes another.
 		return errors.Join(fmt.Errorf("keeping the unfinished tail in %s: %w", name, err), l.opts.FS.Remove(name))

@@ -16,6 +16,7 @@ import (
 
 	"github.com/sirupsen/logrus"
 
+	"github.com/castrabus/castra/internal/eventlog"
 	"github.com/castrabus/castra/internal/logging"
 	"github.com/castrabus/castra/internal/presence"
 	"github.com/castrabus/castra/internal/statefile"
@@ -268,25 +269,12 @@ func (r *recorder) writeVMs(due map[string]struct{}) {
 	r.note(files.Close())
 }
 
-// replace gives path the contents data, whole or not at all.
+// replace is [eventlog.Replace] where somebody may have made a directory of that name.
 func replace(path string, data []byte) error {
-	// No VM's name begins with a dot.
-	tmp := filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+".tmp")
-	f, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o640)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(data)
-	if err == nil {
-		err = f.Sync() // or after a power cut the name stands for an empty file
-	}
-	if err = errors.Join(err, f.Close()); err != nil {
-		return err
-	}
-	err = os.Rename(tmp, path)
-	if errors.Is(err, syscall.EISDIR) || errors.Is(err, fs.ErrExist) { // somebody made a directory of that name
+	err := eventlog.Replace(eventlog.OS, path, data)
+	if errors.Is(err, syscall.EISDIR) || errors.Is(err, fs.ErrExist) {
 		if _, err = statefile.SetAside(path); err == nil {
-			err = os.Rename(tmp, path)
+			err = eventlog.Replace(eventlog.OS, path, data)
 		}
 	}
 	return err

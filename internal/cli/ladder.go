@@ -297,10 +297,12 @@ func (l *ladder) storage(*bus.VM) rung {
 	switch word, why, _ := strings.Cut(b.State, ": "); {
 	case l.guest() && b.SpoolCount > 0:
 		return rung{State: rungNote, What: fmt.Sprintf("%d messages (%d bytes) wait in this guest for the host", b.SpoolCount, b.SpoolBytes)}
-	case word == "degraded" && len(b.Faults) > 0:
-		return rung{State: rungBroken, What: "castrad is degraded: " + why, Mend: b.Faults[0].Advice}
 	case word == "degraded":
-		return rung{State: rungBroken, What: "castrad is degraded: " + why, Mend: "is the disk full, or does it not answer? df " + b.LogDir + "; castractl logs"}
+		mend := "is the disk full, or does it not answer? df " + b.LogDir + "; castractl logs"
+		if len(b.Faults) > 0 {
+			mend = b.Faults[0].Advice
+		}
+		return rung{State: rungBroken, What: "castrad is degraded: " + why, Mend: mend}
 	}
 	return rung{State: rungOK, What: "castrad stores what is published"}
 }

@@ -136,15 +136,18 @@ func (f osFile) Size() (int64, error) {
 }
 
 func (f osFile) Changed() (int64, error) {
-	var st syscall.Stat_t
-	err := f.control("fstat", func(fd int) error { return syscall.Fstat(fd, &st) })
+	st, err := f.fstat()
 	return st.Ctim.Nano(), err
 }
 
 func (f osFile) Removed() (bool, error) {
-	var st syscall.Stat_t
-	err := f.control("fstat", func(fd int) error { return syscall.Fstat(fd, &st) })
+	st, err := f.fstat()
 	return err == nil && st.Nlink == 0, err
+}
+
+func (f osFile) fstat() (st syscall.Stat_t, err error) {
+	err = f.control("fstat", func(fd int) error { return syscall.Fstat(fd, &st) })
+	return st, err
 }
 
 func (f osFile) Sync() error {

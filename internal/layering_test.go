@@ -42,6 +42,7 @@ type rule struct {
 // that serves it, before anything else may import it.
 var rules = map[string]rule{
 	"backoff":   {layer: 0},
+	"bubble":    {layer: 0}, // for tests
 	"bus":       {layer: 0},
 	"config":    {layer: 0, uses: []string{toml}},
 	"eventlog":  {layer: 0, uses: []string{xsys}},

@@ -10,13 +10,14 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/castrabus/castra/internal/bubble"
 	"github.com/castrabus/castra/internal/token"
 )
 
 // A move after a pause is soon on disk; moves in a row are written once a second.
 func TestCursorsAreWrittenSoon(t *testing.T) {
 	dir := t.TempDir()
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		c, err := openCursors(dir)
 		if err != nil {
 			t.Fatal(err)

@@ -3,17 +3,18 @@ package broker
 import (
 	"errors"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/sirupsen/logrus"
 	"github.com/sirupsen/logrus/hooks/test"
+
+	"github.com/castrabus/castra/internal/bubble"
 )
 
 // A full disk refuses the files of ten thousand VMs one by one: the journal, which most
 // likely is on it, is told of the first, and after a minute of how many there were.
 func TestRefusedFilesDoNotFillTheJournal(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		log, hook := test.NewNullLogger()
 		r := &recorder{log: log}
 		told := func(want ...int) {

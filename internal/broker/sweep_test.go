@@ -6,13 +6,14 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/castrabus/castra/internal/bubble"
 	"github.com/castrabus/castra/internal/presence"
 )
 
 // A reload that makes a deadline shorter holds at once, also where nobody was there.
 func TestReloadWakesSweep(t *testing.T) {
 	dir := t.TempDir()
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		opts := presence.Options{ReachableWithin: 45 * time.Second, SessionTimeout: time.Minute}
 		table := presence.New(opts)
 		records, err := openRecorder(dir, table, nil)

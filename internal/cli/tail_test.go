@@ -14,6 +14,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/castrabus/castra/internal/bubble"
 	"github.com/castrabus/castra/internal/bus"
 	"github.com/castrabus/castra/internal/dbusclient"
 )
@@ -163,7 +164,7 @@ func TestTailBadStreams(t *testing.T) {
 // A following tail goes on after the last record shown when castrad restarts, and
 // ends when it does not come back.
 func TestTailOutlivesRestart(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		var asked []bus.TailRequest
 		c := streams(&asked, dbusclient.ErrNotRunning,
 			record(1, "1")+record(2, "2"),
@@ -337,7 +338,7 @@ func TestTailCursorIsAFile(t *testing.T) {
 // While following, the cursor is noted within a second of what was shown.
 func TestTailCursorWhileFollowing(t *testing.T) {
 	cursor := filepath.Join(t.TempDir(), "cursor")
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		records, bus1 := io.Pipe()
 		c := withStatus()
 		c.tail = func(bus.TailRequest) (io.ReadCloser, error) { return records, nil }

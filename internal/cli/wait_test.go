@@ -3,9 +3,9 @@ package cli
 import (
 	"errors"
 	"testing"
-	"testing/synctest"
 	"time"
 
+	"github.com/castrabus/castra/internal/bubble"
 	"github.com/castrabus/castra/internal/bus"
 	"github.com/castrabus/castra/internal/dbusclient"
 )
@@ -128,7 +128,7 @@ func TestWait(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
+			bubble.Test(t, func(t *testing.T) {
 				client := at(c.state)
 				if c.event > 0 {
 					time.AfterFunc(c.event, func() { client.changed <- struct{}{} })

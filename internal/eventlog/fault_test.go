@@ -12,6 +12,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/castrabus/castra/internal/bubble"
 )
 
 // sickFS is the machine's file system with a fault that a test turns on.
@@ -138,7 +140,7 @@ func TestDiskFaults(t *testing.T) {
 // failed where a segment ended.
 func TestLazySyncAfterFault(t *testing.T) {
 	for _, at := range []string{"write", "rotation"} {
-		t.Run(at, func(t *testing.T) { synctest.Test(t, func(t *testing.T) { testLazySyncAfterFault(t, at) }) })
+		t.Run(at, func(t *testing.T) { bubble.Test(t, func(t *testing.T) { testLazySyncAfterFault(t, at) }) })
 	}
 }
 
@@ -231,7 +233,7 @@ func TestShortFaultIsTold(t *testing.T) {
 }
 
 // So is a disk that did not answer in time, and then did.
-func TestShortStallIsTold(t *testing.T) { synctest.Test(t, testShortStallIsTold) }
+func TestShortStallIsTold(t *testing.T) { bubble.Test(t, testShortStallIsTold) }
 
 func testShortStallIsTold(t *testing.T) {
 	slow := &gateFS{FS: &sharedFS{FS: newSimDisk(rand.New(rand.NewPCG(1, 1)))}}

@@ -10,7 +10,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"testing/synctest"
+
+	"github.com/castrabus/castra/internal/bubble"
 )
 
 // goldenDir is a log as format 1 has it: it must be read for ever. It was written
@@ -59,7 +60,7 @@ func TestGolden(t *testing.T) {
 	if os.Getenv("CASTRA_GOLDEN") == "write" {
 		dir = goldenDir
 	}
-	synctest.Test(t, func(t *testing.T) { // for its clock, which stands still
+	bubble.Test(t, func(t *testing.T) { // for its clock, which stands still
 		l := mustOpen(t, goldenOptions(dir))
 		for _, e := range goldenEntries {
 			b := &Batch{Entries: []Entry{e}}

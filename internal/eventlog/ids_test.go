@@ -14,6 +14,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/castrabus/castra/internal/bubble"
 )
 
 // writeIDs writes the file of a VM whose ids are "<vm>-<n>", n from 1 to count,
@@ -323,7 +325,7 @@ func TestUnreadableIDs(t *testing.T) {
 // is refused.
 func TestNoRoomForIDs(t *testing.T) {
 	dir := t.TempDir()
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		x := newIDIndex(OS, dir, time.Second, func() (uint64, bool) { return 0, true })
 		x.budget = 1
 		held, err := idsOf(t, x, "web1")
@@ -369,7 +371,7 @@ func (h *hangFS) OpenFile(name string, flag int, perm fs.FileMode) (File, error)
 // and served when it does.
 func TestIDsOnADiskThatHangs(t *testing.T) {
 	dir := t.TempDir()
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		disk := &hangFS{FS: OS, hang: make(chan struct{})}
 		x := newIDIndex(disk, dir, 5*time.Second, func() (uint64, bool) { return 0, true })
 		for i := range 2 * idLoads {
@@ -392,7 +394,7 @@ func TestIDsOnADiskThatHangs(t *testing.T) {
 // Room that one table takes is not given to all who wait for it.
 func TestIDsReadAtOnce(t *testing.T) {
 	dir := t.TempDir()
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		disk := &hangFS{FS: OS, hang: make(chan struct{})}
 		x := newIDIndex(disk, dir, 5*time.Second, func() (uint64, bool) { return 0, true })
 		x.budget = 1
@@ -453,7 +455,7 @@ func TestIDsTakeTurns(t *testing.T) {
 	for i := range vms {
 		writeIDs(t, o, fmt.Sprint("web", i), 1000)
 	}
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		x := newIDIndex(OS, o.PerVM.IDDir, 50*time.Millisecond, func() (uint64, bool) { return 1000, true })
 		x.budget = 2 * 40 * 1000
 		var work sync.WaitGroup

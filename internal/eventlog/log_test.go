@@ -12,6 +12,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/castrabus/castra/internal/bubble"
 )
 
 func testOptions(dir string) Options {
@@ -418,7 +420,7 @@ func TestAppendHereKeepsOrder(t *testing.T) {
 func TestRemovedWhileOpen(t *testing.T) {
 	for _, what := range []string{"newest", "all", "directory"} {
 		t.Run(what, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
+			bubble.Test(t, func(t *testing.T) {
 				o := testOptions(t.TempDir())
 				o.SegmentSize, o.Recent = 4096, 1 // readers read the files
 				l := mustOpen(t, o)

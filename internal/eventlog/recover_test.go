@@ -15,6 +15,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/castrabus/castra/internal/bubble"
 )
 
 // The record shown in docs/EVENTLOG.md is one.
@@ -149,7 +151,7 @@ func TestStartOnFullDisk(t *testing.T) {
 	for _, left := range []string{"a torn tail", "a torn first record", "copies", "copies on another disk", "copies of a lazy log", "all of it"} {
 		for _, inodes := range []bool{false, true} {
 			t.Run(fmt.Sprint(left, ", inodes ", inodes), func(t *testing.T) {
-				synctest.Test(t, func(t *testing.T) { testStartOnFullDisk(t, left, inodes) })
+				bubble.Test(t, func(t *testing.T) { testStartOnFullDisk(t, left, inodes) })
 			})
 		}
 	}
@@ -269,7 +271,7 @@ func (s *sickVMFS) Mkdir(name string, perm fs.FileMode) error {
 
 // A start that cannot write one VM's stream serves the others what is there, and goes
 // on by itself when it can.
-func TestStartWithoutOneVM(t *testing.T) { synctest.Test(t, testStartWithoutOneVM) }
+func TestStartWithoutOneVM(t *testing.T) { bubble.Test(t, testStartWithoutOneVM) }
 
 func testStartWithoutOneVM(t *testing.T) {
 	o := testOptions("/log")

@@ -12,6 +12,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/castrabus/castra/internal/bubble"
 )
 
 // segmentsIn counts the segments in a directory of the disk.
@@ -98,7 +100,7 @@ func (f *sharedFile) Preallocate(off, n int64) error {
 // Nothing goes that castrad has not itself seen sealed for an hour.
 func TestRetentionByAge(t *testing.T) {
 	for _, restart := range []bool{false, true} {
-		synctest.Test(t, func(t *testing.T) {
+		bubble.Test(t, func(t *testing.T) {
 			o := testOptions("/log")
 			o.FS = &sharedFS{FS: newSimDisk(rand.New(rand.NewPCG(1, 1)))}
 			o.SegmentSize, o.PerVM.SegmentSize = 4096, 4096

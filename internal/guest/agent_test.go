@@ -11,6 +11,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/castrabus/castra/internal/bubble"
 	"github.com/castrabus/castra/internal/bus"
 	"github.com/castrabus/castra/internal/wire"
 )
@@ -35,7 +36,7 @@ func (f *fixture) publish(req bus.PublishRequest) <-chan published {
 func (f *fixture) connected() bool { return f.uplink.session() != nil }
 
 func TestPublishReturnsTheHostsSeq(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		f := runAgent(t, nil)
 		p := f.net.accept(t)
 		synctest.Wait()
@@ -58,7 +59,7 @@ func TestPublishReturnsTheHostsSeq(t *testing.T) {
 }
 
 func TestPublishRefusesAtOnceWhatTheHostWould(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		f := runAgent(t, nil)
 		f.net.refuse(errRefusedConnection)
 		for topic, want := range map[string]bus.Code{
@@ -81,7 +82,7 @@ func TestPublishRefusesAtOnceWhatTheHostWould(t *testing.T) {
 // What is published while the host is away goes out in order when it is back, under
 // the same ids for as long as it is not acknowledged.
 func TestPublishesSurviveTheLossOfSessions(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		f := runAgent(t, nil)
 		f.net.refuse(errRefusedConnection)
 		for i := range 3 {
@@ -123,7 +124,7 @@ func TestPublishesSurviveTheLossOfSessions(t *testing.T) {
 }
 
 func TestPublisherIsNotKeptWaiting(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		f := runAgent(t, nil)
 		p := f.net.accept(t)
 		synctest.Wait()
@@ -149,7 +150,7 @@ func TestPublisherIsNotKeptWaiting(t *testing.T) {
 }
 
 func TestHeartbeats(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		f := runAgent(t, nil)
 		begun := time.Now()
 		p := f.net.accept(t)
@@ -183,7 +184,7 @@ func TestHeartbeats(t *testing.T) {
 
 // A host that reads nothing must not be waited for without end, even if it talks.
 func TestHostThatTakesNothing(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		f := runAgent(t, nil)
 		p := f.net.accept(t)
 		talked := make(chan struct{})
@@ -220,7 +221,7 @@ func TestHostThatBreaksTheProtocol(t *testing.T) {
 		"says why":             {frame(`{"type":"error","code":"superseded","reason":"a newer one"}`), `superseded: "a newer one"`},
 	} {
 		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
+			bubble.Test(t, func(t *testing.T) {
 				f := runAgent(t, nil)
 				p := f.net.accept(t)
 				// What no host of today sends changes nothing.
@@ -241,7 +242,7 @@ func TestHostThatBreaksTheProtocol(t *testing.T) {
 }
 
 func TestAcksOutOfOrderEndTheSession(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		f := runAgent(t, nil)
 		p := f.net.accept(t)
 		synctest.Wait()
@@ -264,7 +265,7 @@ func TestAcksOutOfOrderEndTheSession(t *testing.T) {
 }
 
 func TestRefusedGuestSaysSoOnceAndHow(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		f := runAgent(t, nil)
 		refuse := func(reason string) {
 			p := f.net.greet(t)
@@ -307,7 +308,7 @@ func TestRefusedGuestSaysSoOnceAndHow(t *testing.T) {
 }
 
 func TestSummaryWhileTheHostIsAway(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		f := runAgent(t, nil)
 		if got := f.Summary(); got != "connecting to host:7070" {
 			t.Error(got)
@@ -339,7 +340,7 @@ func TestSummaryWhileTheHostIsAway(t *testing.T) {
 // Attempts are spaced by the pacer, which begins anew only after a session that
 // lasted: a host that takes a guest and drops it at once is not hammered.
 func TestPacing(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		f := runAgent(t, nil)
 		var p *peer
 		for range 3 {
@@ -367,7 +368,7 @@ func TestPacing(t *testing.T) {
 }
 
 func TestAlwaysSubscribed(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		f := runAgent(t, func(o *Options) { o.Subscribe = []string{"broadcast", "vm:self", "broadcast"} })
 		p := f.net.accept(t)
 		p.want(`{"type":"subscribe","topic":"broadcast","sub":"s1"}`)
@@ -404,7 +405,7 @@ func TestAlwaysSubscribed(t *testing.T) {
 }
 
 func TestStopDrains(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		f := runAgent(t, nil)
 		p := f.net.accept(t)
 		synctest.Wait()
@@ -440,7 +441,7 @@ func TestStopDrains(t *testing.T) {
 		}
 	})
 	t.Run("nothing to drain", func(t *testing.T) {
-		synctest.Test(t, func(t *testing.T) {
+		bubble.Test(t, func(t *testing.T) {
 			f := runAgent(t, nil)
 			f.net.refuse(errRefusedConnection)
 			_, _ = f.Publish(t.Context(), bus.PublishRequest{Topic: "t"})
@@ -454,7 +455,7 @@ func TestStopDrains(t *testing.T) {
 }
 
 func TestWatch(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		states := 0
 		f := runAgent(t, func(o *Options) { o.OnState = func() { states++ } })
 		var seen []string
@@ -479,7 +480,7 @@ func TestWatch(t *testing.T) {
 }
 
 func TestProbe(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		f := runAgent(t, nil)
 		check := func(when string) {
 			ctx, cancel := context.WithTimeout(t.Context(), time.Second)

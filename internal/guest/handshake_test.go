@@ -9,9 +9,9 @@ import (
 	"net"
 	"strings"
 	"testing"
-	"testing/synctest"
 	"time"
 
+	"github.com/castrabus/castra/internal/bubble"
 	"github.com/castrabus/castra/internal/wire"
 )
 
@@ -207,7 +207,7 @@ func TestHandshakeNonceIsFresh(t *testing.T) {
 func TestHandshakeSilentHost(t *testing.T) {
 	for name, greet := range map[string]bool{"never greets": false, "never answers": true} {
 		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
+			bubble.Test(t, func(t *testing.T) {
 				ours, theirs := net.Pipe()
 				defer ours.Close()
 				defer theirs.Close()

@@ -7,9 +7,9 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"testing/synctest"
 	"time"
 
+	"github.com/castrabus/castra/internal/bubble"
 	"github.com/castrabus/castra/internal/bus"
 	"github.com/castrabus/castra/internal/wire"
 )
@@ -177,7 +177,7 @@ func TestOutboxResendsOnlyWhatIsNotSettled(t *testing.T) {
 func TestOutboxGoesOneByOneAfterARefusalForNow(t *testing.T) {
 	for _, code := range []bus.Code{bus.CodeRateLimited, bus.CodeStorageFull, bus.CodeStorageStalled, bus.CodeShuttingDown} {
 		t.Run(string(code), func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
+			bubble.Test(t, func(t *testing.T) {
 				b := newBox(t, 1<<20)
 				b.begin()
 				b.publish("a", "b", "c", "d")

@@ -17,6 +17,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/castrabus/castra/internal/bubble"
 	"github.com/castrabus/castra/internal/bus"
 	"github.com/castrabus/castra/internal/eventlog"
 	"github.com/castrabus/castra/internal/wire"
@@ -252,7 +253,7 @@ func (h *host) take(b *diskBox, most int) {
 // though the power fails at any point; and so does the rest if it is published again.
 func TestSpoolThroughPowerCuts(t *testing.T) {
 	for seed := range uint64(16) {
-		synctest.Test(t, func(t *testing.T) {
+		bubble.Test(t, func(t *testing.T) {
 			rng := rand.New(rand.NewPCG(seed, 7))
 			dir := t.TempDir()
 			h := &host{seqs: make(map[string]uint64)}
@@ -350,7 +351,7 @@ func TestSpoolOnAFailingDisk(t *testing.T) {
 		{"sync", func(b *badFS) *atomic.Pointer[error] { return &b.sync }, syscall.EIO, "disk error"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
+			bubble.Test(t, func(t *testing.T) {
 				dir := t.TempDir()
 				b := openBox(t, dir, 1<<20)
 				h := &host{seqs: make(map[string]uint64)}
@@ -415,7 +416,7 @@ func TestSpoolOnAFailingDisk(t *testing.T) {
 // A disk that blocks keeps nobody waiting for ever: not publishers, not the session,
 // not the end.
 func TestSpoolOnABlockedDisk(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		b := openBox(t, t.TempDir(), 1<<20)
 		h := &host{seqs: make(map[string]uint64)}
 		time.Sleep(time.Second)
@@ -464,7 +465,7 @@ func TestSpoolOnABlockedDisk(t *testing.T) {
 }
 
 func TestAgentEndsThoughItsDiskBlocks(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		bad := newBadFS()
 		f := runAgent(t, func(o *Options) { o.SpoolDir, o.fs = t.TempDir(), bad })
 		f.net.refuse(errRefusedConnection)
@@ -489,7 +490,7 @@ func TestAgentEndsThoughItsDiskBlocks(t *testing.T) {
 // While the host answers, the guest's disk has nothing to do; when it is slow, or the
 // session or the daemon ends, what waits goes to the disk.
 func TestSpoolSparesTheDisk(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		dir := t.TempDir()
 		b := openBox(t, dir, 1<<20)
 		h := &host{seqs: make(map[string]uint64)}
@@ -542,7 +543,7 @@ func TestSpoolSparesTheDisk(t *testing.T) {
 
 // What is damaged on disk is told with file and offset; what is behind it is sent.
 func TestSpoolWithDamage(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		dir := t.TempDir()
 		b := openBox(t, dir, 1<<20)
 		for i := range 9 {
@@ -580,7 +581,7 @@ func TestSpoolWithDamage(t *testing.T) {
 // However much goes through it the spool stays within its bound on disk, and how far
 // it is released is known there before the host could have forgotten the ids.
 func TestSpoolIsReleased(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		dir := t.TempDir()
 		const limit = 512 << 10
 		b := openBox(t, dir, limit)
@@ -646,7 +647,7 @@ func TestSpoolIsReleased(t *testing.T) {
 
 // A position beyond the log's end must not swallow what is published next.
 func TestSpoolThatWasReplaced(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		dir := t.TempDir()
 		if err := os.MkdirAll(filepath.Join(dir, "web1"), 0o700); err != nil {
 			t.Fatal(err)
@@ -688,7 +689,7 @@ func TestSpoolIsLocked(t *testing.T) {
 // A publisher that is faster than the disk waits; it is not told that the spool is
 // full, which it is not.
 func TestPublisherWaitsForTheDisk(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		b := openBox(t, t.TempDir(), 4<<20)
 		payload := []byte(`"` + strings.Repeat("x", wire.MaxPayload-2) + `"`)
 		for i := range 40 {

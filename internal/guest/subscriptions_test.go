@@ -4,9 +4,9 @@ import (
 	"fmt"
 	"slices"
 	"testing"
-	"testing/synctest"
 	"time"
 
+	"github.com/castrabus/castra/internal/bubble"
 	"github.com/castrabus/castra/internal/bus"
 	"github.com/castrabus/castra/internal/wire"
 )
@@ -140,7 +140,7 @@ func TestTableResumesFromTheAck(t *testing.T) {
 
 // "The last 3" of a topic that was empty is all that came since.
 func TestTableResumesWhatWasEmpty(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		tab := testTable()
 		_, _ = tab.add(&subscription{topic: "a", from: "-3", sink: &recorder{}})
 		tab.begin()

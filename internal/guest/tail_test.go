@@ -15,6 +15,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/castrabus/castra/internal/bubble"
 	"github.com/castrabus/castra/internal/bus"
 	"github.com/castrabus/castra/internal/wire"
 )
@@ -215,7 +216,7 @@ func TestTailFollows(t *testing.T) {
 // Live records that come through different subscriptions are put in order where they
 // come close to each other; one that comes later is shown all the same.
 func TestTailPutsLiveRecordsInOrder(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		f := runAgent(t, nil)
 		got := newLines()
 		tl := &tail{agent: f.Agent, w: got, wake: make(chan struct{}, 1), merge: *testMerge(t, ">", "vm:web1")}

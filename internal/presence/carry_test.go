@@ -5,14 +5,15 @@ import (
 	"math"
 	"slices"
 	"testing"
-	"testing/synctest"
 	"time"
+
+	"github.com/castrabus/castra/internal/bubble"
 )
 
 // What one table knew the next one knows, with ages that went on, and without a
 // word to anybody: but of those whose session did not come along.
 func TestCarry(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		old := New(Options{ReachableWithin: 45 * time.Second, SessionTimeout: time.Minute})
 		sessions := make(map[string]*fakeSession)
 		for _, name := range []string{"lost", "quick", "silent"} {
@@ -101,7 +102,7 @@ silent unreachable sess-silent 127.0.0.1:silent [t] 3 57s 57s never
 
 // A restart gives nobody a new share, and hides nobody who was turned away.
 func TestCarryLimits(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		rate := Rate{Records: 1, Burst: 10, Bytes: 1000}
 		old := New(Options{ReachableWithin: 45 * time.Second, SessionTimeout: time.Minute})
 		v, _, err := old.Connect("busy", &fakeSession{token: "sess-busy"}, "127.0.0.1:1", nil)

@@ -5,9 +5,9 @@ import (
 	"fmt"
 	"slices"
 	"testing"
-	"testing/synctest"
 	"time"
 
+	"github.com/castrabus/castra/internal/bubble"
 	"github.com/castrabus/castra/internal/bus"
 )
 
@@ -47,7 +47,7 @@ func sweepFor(t *Table, d time.Duration) {
 }
 
 func TestSilence(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		tab, s := table(), &fakeSession{token: "sess-1"}
 		v, _, err := tab.Connect("web1", s, "127.0.0.1:1", nil)
 		if err != nil {
@@ -82,7 +82,7 @@ func TestSilence(t *testing.T) {
 }
 
 func TestHandshakeOnlyGuestExpires(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		tab := table()
 		tab.Attend("old", "127.0.0.1:1", []string{"exec"})
 		sweepFor(tab, 44*time.Second)
@@ -138,7 +138,7 @@ func TestNamesAreBounded(t *testing.T) {
 }
 
 func TestRefusalsAreBoundedAndForgotten(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		tab := table()
 		for i := range 70 {
 			tab.Refuse(fmt.Sprint("vm", i), "unknown-vm", false)
@@ -256,7 +256,7 @@ func TestForgottenGoesWithItsSession(t *testing.T) {
 
 // What is heard of a VM is written down again and again, and not too often.
 func TestUnrecorded(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		const period = 30 * time.Second
 		tab := table()
 		time.Sleep(time.Second) // its clock is past its beginning
@@ -309,7 +309,7 @@ func TestUnrecorded(t *testing.T) {
 // A table in which no deadline can pass is looked at less often, and whoever comes in
 // the meantime is still found silent in time.
 func TestIdleInterval(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		tab := table()
 		if got := tab.Interval(); got != time.Second {
 			t.Errorf("at first %v", got)
@@ -377,7 +377,7 @@ func TestNextDeadline(t *testing.T) {
 		}, 10 * time.Second},
 	} {
 		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
+			bubble.Test(t, func(t *testing.T) {
 				tab := New(opts)
 				time.Sleep(time.Second)
 				connect(tab, "beats")

@@ -2,8 +2,9 @@ package presence
 
 import (
 	"testing"
-	"testing/synctest"
 	"time"
+
+	"github.com/castrabus/castra/internal/bubble"
 )
 
 // replace has a newcomer replace the session of a VM and gives how long he waited.
@@ -23,7 +24,7 @@ func replace(t *testing.T, tab *Table, name string) (wait time.Duration, begun b
 // Clones are noticed at the fifth replacement in a row and wait twice as long each
 // time; nobody waits longer than he can.
 func TestClonesAreSlowedDown(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		tab := table()
 		if _, _, err := tab.Connect("web1", &fakeSession{}, "", nil); err != nil {
 			t.Fatal(err)
@@ -58,7 +59,7 @@ func TestClonesAreSlowedDown(t *testing.T) {
 
 // A VM that is reset now and then is no clone.
 func TestRestartsAreNoFight(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		tab := table()
 		for range 20 {
 			if _, _, err := tab.Connect("web1", &fakeSession{}, "", nil); err != nil {
@@ -74,7 +75,7 @@ func TestRestartsAreNoFight(t *testing.T) {
 
 // A registered VM displaces the stranger heard of longest ago, and no other VM.
 func TestMakeWay(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		tab := New(Options{ReachableWithin: 45 * time.Second, SessionTimeout: time.Minute, MaxSessions: 3})
 		sessions := make(map[string]*fakeSession)
 		connect := func(name string) error {
@@ -156,7 +157,7 @@ func TestRefusedOutlast(t *testing.T) {
 
 // A fight is over in time where no session's deadline has it looked at before.
 func TestContendedEndsInTime(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		tab := New(Options{ReachableWithin: time.Hour, SessionTimeout: time.Hour})
 		if _, _, err := tab.Connect("web1", &fakeSession{}, "127.0.0.1:1", nil); err != nil {
 			t.Fatal(err)

@@ -9,6 +9,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/castrabus/castra/internal/bubble"
 )
 
 // fakeProbe answers after a while, or with an error, as it is told to.
@@ -56,7 +58,7 @@ func (c *complaints) take() []error {
 
 func TestWatchdogIsFedByAnswersAlone(t *testing.T) {
 	m := newManager(t)
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		const interval = 30 * time.Second
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan struct{})
@@ -112,7 +114,7 @@ func TestWatchdogIsFedByAnswersAlone(t *testing.T) {
 
 func TestWatchdogSaysThatItCannotFeed(t *testing.T) {
 	t.Setenv("NOTIFY_SOCKET", t.TempDir()+"/gone")
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		var got error
 		RunWatchdog(ctx, time.Second, func(err error) { got = err; cancel() })

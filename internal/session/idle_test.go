@@ -7,8 +7,9 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
-	"testing/synctest"
 	"time"
+
+	"github.com/castrabus/castra/internal/bubble"
 )
 
 // fake is a waiter that does what a test says.
@@ -147,7 +148,7 @@ func (refusing) Refused(Refusal) {}
 // A handshake that nobody can wait for looks at times whether it goes on, and has the
 // processor to itself no more than any other.
 func TestHandshakeWithoutIdle(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		l, err := NewIdle()
 		if err != nil {
 			t.Fatal(err)

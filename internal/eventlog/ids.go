@@ -50,6 +50,7 @@ type idIndex struct {
 	aside   func(file, name string) // see PerVMOptions.OnAside
 
 	loads chan struct{} // has room for idLoads
+	first chan struct{} // has room for the one of them whose turn it is to find room
 
 	mu     sync.Mutex
 	tables map[string]*idTable
@@ -68,7 +69,8 @@ type idIndex struct {
 func newIDIndex(fsys FS, dir string, wait time.Duration, written func() (uint64, bool)) *idIndex {
 	return &idIndex{
 		fs: fsys, dir: dir, window: idWindow, budget: idBudget, wait: wait, written: written, resets: func() uint64 { return 0 },
-		loads: make(chan struct{}, idLoads), tables: make(map[string]*idTable), room: make(chan struct{}),
+		loads: make(chan struct{}, idLoads), first: make(chan struct{}, 1),
+		tables: make(map[string]*idTable), room: make(chan struct{}),
 	}
 }
 
@@ -190,8 +192,7 @@ func (x *idIndex) load(t *idTable, holding bool) error {
 	return nil
 }
 
-// turn waits until a table may be read, and takes one of the loads. Who has one waits
-// for room; the others come in the order in which they asked.
+// turn waits until a table may be read, and takes one of the loads.
 func (x *idIndex) turn(holding bool) error {
 	late := time.After(x.wait)
 	select {
@@ -199,23 +200,46 @@ func (x *idIndex) turn(holding bool) error {
 	case <-late:
 		return ErrNotQueued
 	}
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	x.waiting++
-	defer func() { x.waiting-- }()
-	for x.evict(); x.bytes > x.budget && !holding; x.evict() {
-		room := x.room
-		x.mu.Unlock()
-		select {
-		case <-room:
-			x.mu.Lock()
-		case <-late: // what is in the commit or not on disk yet cannot be dropped
-			x.mu.Lock()
-			<-x.loads
-			return errors.New("the ids of other VMs take all the memory until they are on disk; try again")
-		}
+	if !holding && !x.findRoom(late) { // what is in the commit or not on disk yet cannot be dropped
+		<-x.loads
+		return errors.New("the ids of other VMs take all the memory until they are on disk; try again")
 	}
 	return nil
+}
+
+// findRoom waits for room for a table, in the order in which it was asked for: who came
+// later would else take what was made for one who waits, time and again.
+func (x *idIndex) findRoom(late <-chan time.Time) bool {
+	x.wants(1)
+	defer x.wants(-1)
+	select {
+	case x.first <- struct{}{}:
+		defer func() { <-x.first }()
+	case <-late:
+		return false
+	}
+	for {
+		x.mu.Lock()
+		x.evict()
+		full, room := x.bytes > x.budget, x.room
+		x.mu.Unlock()
+		if !full {
+			return true
+		}
+		select {
+		case <-room:
+		case <-late:
+			return false
+		}
+	}
+}
+
+// wants counts who waits for room, for whom others are to leave.
+func (x *idIndex) wants(n int) {
+	x.mu.Lock()
+	x.waiting += n
+	x.evict()
+	x.mu.Unlock()
 }
 
 // release lets go of what acquire has kept for b. The log is done with it.

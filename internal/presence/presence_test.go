@@ -306,6 +306,52 @@ func TestUnrecorded(t *testing.T) {
 	})
 }
 
+// One more heartbeat alone is written down with the next, and not left for long.
+func TestUnrecordedHeartbeat(t *testing.T) {
+	for name, c := range map[string]struct {
+		beats   func(second int) bool
+		publish int // the second; 0: never
+		want    []int
+	}{
+		"every 15 s":  {beats: func(s int) bool { return s%15 == 0 }, want: []int{30, 60, 90, 120}},
+		"every 25 s":  {beats: func(s int) bool { return s%25 == 0 }, want: []int{30, 75, 125}},
+		"two":         {beats: func(s int) bool { return s == 10 || s == 45 }, want: []int{30, 90}},
+		"and publish": {beats: func(s int) bool { return s == 10 || s == 45 }, publish: 50, want: []int{30, 60}},
+		"publish":     {beats: func(int) bool { return false }, publish: 10, want: []int{30}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble.Test(t, func(t *testing.T) {
+				tab := table()
+				time.Sleep(time.Second) // its clock is past its beginning
+				v, _, err := tab.Connect("web1", &fakeSession{}, "", nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				tab.Record("web1")
+				var at []int
+				for second := 1; second <= 130; second++ {
+					time.Sleep(time.Second)
+					if c.beats(second) {
+						v.Heard()
+						v.Heartbeat()
+					}
+					if second == c.publish {
+						v.Heard()
+						v.Published(1)
+					}
+					for range tab.Unrecorded(30 * time.Second) {
+						at = append(at, second)
+						tab.Record("web1")
+					}
+				}
+				if !slices.Equal(at, c.want) {
+					t.Errorf("it was written at %v, want %v", at, c.want)
+				}
+			})
+		})
+	}
+}
+
 // A table in which no deadline can pass is looked at less often, and whoever comes in
 // the meantime is still found silent in time.
 func TestIdleInterval(t *testing.T) {

@@ -135,7 +135,7 @@ func (t *Table) Record(name string) (last Last, ok bool) {
 	if v == nil {
 		return Last{}, false
 	}
-	v.recorded = t.now()
+	v.recorded, v.beatRecorded = t.now(), v.heartbeat.Load() != 0
 	return v.last(), true
 }
 
@@ -150,8 +150,9 @@ func (v *VM) last() Last {
 }
 
 // Unrecorded lists the VMs of which something was heard since they were recorded last,
-// where that is a period ago or longer. Who asks is to record them: a slow disk does not
-// have all of them listed again.
+// where that is a period ago or longer. One more heartbeat alone waits for the next: what
+// is recorded then is new and will not be old sooner, and takes fewer writes. Who asks, as
+// often as it sweeps, is to record them: a slow disk does not have all of them listed again.
 func (t *Table) Unrecorded(period time.Duration) []string {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -165,13 +166,25 @@ func (t *Table) Unrecorded(period time.Duration) []string {
 		if v.session == nil {
 			continue
 		}
-		if v.recorded <= now-int64(period) && v.frame.Load() > v.recorded {
+		if v.unrecorded(now, period) {
 			v.recorded = now
 			names = append(names, name)
 		}
 		t.nextRecord = min(t.nextRecord, v.recorded+int64(period))
 	}
 	return names
+}
+
+// unrecorded tells whether v is to be recorded now. Call with the lock held.
+func (v *VM) unrecorded(now int64, period time.Duration) bool {
+	frame, age := v.frame.Load(), time.Duration(now-v.recorded)
+	switch {
+	case age < period || frame <= v.recorded:
+		return false
+	case v.publish.Load() > v.recorded, !v.beatRecorded && v.heartbeat.Load() != 0:
+		return true
+	}
+	return time.Duration(now-frame) < period/10 || age >= 2*period
 }
 
 // wall converts the table's clock.

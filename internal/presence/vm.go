@@ -21,20 +21,21 @@ type VM struct {
 	searching     atomic.Bool
 
 	// Under the table's lock:
-	reachable   bool
-	reason      string
-	session     Session
-	remote      string
-	caps        []string
-	topics      []string
-	handshake   time.Time // with the monotonic clock; zero: never
-	subscribed  time.Time // the last change of its subscriptions
-	recorded    int64     // when what there is of it was taken to be written down; 0: never
-	handshakeOK bool      // reachable by a handshake-only guest's word
-	known       bool      // registered: kept however many names there are
-	forgotten   bool      // goes when its session does
-	pace        Bucket    // of its handshakes
-	rivals      rivalry
+	reachable    bool
+	reason       string
+	session      Session
+	remote       string
+	caps         []string
+	topics       []string
+	handshake    time.Time // with the monotonic clock; zero: never
+	subscribed   time.Time // the last change of its subscriptions
+	recorded     int64     // when what there is of it was taken to be written down; 0: never
+	beatRecorded bool      // a heartbeat was in it
+	handshakeOK  bool      // reachable by a handshake-only guest's word
+	known        bool      // registered: kept however many names there are
+	forgotten    bool      // goes when its session does
+	pace         Bucket    // of its handshakes
+	rivals       rivalry
 }
 
 // Heard notes that a frame arrived.

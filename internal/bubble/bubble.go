@@ -2,6 +2,8 @@
 package bubble
 
 import (
+	"os"
+	"os/signal"
 	"runtime"
 	"testing"
 	"testing/synctest"
@@ -13,6 +15,11 @@ import (
 // both find one due use it at once (golang/go#78156).
 func Test(t *testing.T, f func(*testing.T)) {
 	t.Helper()
+	// Who asks for signals first begins the goroutine that hands them out, which never
+	// ends: in a bubble it would be one of the bubble's, a deadlock to the runtime.
+	signals := make(chan os.Signal, 1) // room for one: nobody reads it
+	signal.Notify(signals, os.Interrupt)
+	signal.Stop(signals)
 	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1))
 	synctest.Test(t, f) //nolint:forbidigo // this is where it is made safe
 }

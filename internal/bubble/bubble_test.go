@@ -1,6 +1,8 @@
 package bubble
 
 import (
+	"os"
+	"os/signal"
 	"sync"
 	"testing"
 	"time"
@@ -22,5 +24,13 @@ func TestTimersAtOnce(t *testing.T) {
 			})
 		}
 		wg.Wait()
+	})
+}
+
+// Nobody has asked for a signal before: the runtime's goroutine for them is not the bubble's.
+func TestSignals(t *testing.T) {
+	Test(t, func(t *testing.T) {
+		_, stop := signal.NotifyContext(t.Context(), os.Interrupt)
+		stop()
 	})
 }

@@ -30,7 +30,8 @@ func testOptions(t testing.TB, dir string) Options {
 	log.SetOutput(io.Discard)
 	return Options{
 		Version: "test", StateDir: dir + "/state", LogDir: dir + "/log", Registry: reg, Log: log,
-		SyncName: "always", SegmentSize: 1 << 20, HostRetention: 1 << 30, VMRetention: 8 << 20, MaxHandshakes: 100,
+		StallAfter: hang, // a disk that is busy with others' files is no fault here
+		SyncName:   "always", SegmentSize: 1 << 20, HostRetention: 1 << 30, VMRetention: 8 << 20, MaxHandshakes: 100,
 		Settings: Settings{
 			AcceptUnknown: true, HandshakeTimeout: 5 * time.Second, SessionTimeout: time.Minute, ReachableWithin: 45 * time.Second,
 			MaxSessions: 1000, MaxVMs: 1000, MaxSubscriptions: 16,
@@ -71,6 +72,14 @@ func start(t testing.TB, o Options) *running {
 	r := &running{b, t, ln.Addr().String()}
 	t.Cleanup(func() { _ = b.Close() }) // a test that closes it itself checks the error
 	return r
+}
+
+// configure changes the settings.
+func (r *running) configure(s Settings) {
+	r.t.Helper()
+	if _, err := r.Configure(s); err != nil {
+		r.t.Fatal(err)
+	}
 }
 
 // guest is a client that speaks the wire and nothing else.

@@ -108,9 +108,7 @@ func TestStrangersAreForgotten(t *testing.T) {
 	// Fewer may be remembered now than have a session: those keep what they have.
 	few := o.Settings
 	few.MaxVMs = 1
-	if _, err := b.Configure(few); err != nil {
-		t.Fatal(err)
-	}
+	b.configure(few)
 	if err := b.forgetStrangers(t.Context(), time.Now()); err != nil {
 		t.Fatal(err)
 	}
@@ -238,9 +236,7 @@ func TestStrangerComesWhileForgotten(t *testing.T) {
 	b.written(o, "a", "b")
 	few := o.Settings
 	few.MaxVMs = 1
-	if _, err := b.Configure(few); err != nil {
-		t.Fatal(err)
-	}
+	b.configure(few)
 	forgotten := make(chan error, 1)
 	go func() { forgotten <- b.forgetStrangers(t.Context(), time.Now()) }()
 	vm := <-disk.at

@@ -53,7 +53,7 @@ func TestNameYielded(t *testing.T) {
 	onState, told := states()
 	h := quick()
 	again := make(chan time.Duration) // unbuffered: the server waits for the test
-	h.retry = held(again)
+	h.retry = held{t, again}
 	b.serve(Options{Bus: newFakeBus(), Yield: true, OnState: onState}, h)
 	if got := receive(t, told); got != "true <nil>" {
 		t.Fatalf("the guest's daemon was told %q", got)
@@ -67,15 +67,6 @@ func TestNameYielded(t *testing.T) {
 	if _, err := start(t.Context(), Options{Address: b.address, Bus: newFakeBus()}, quick()); !errors.Is(err, ErrNameTaken) {
 		t.Fatalf("a second castrad: %v", err)
 	}
-	go func() { // for as long as it tries
-		for {
-			select {
-			case again <- time.Hour:
-			case <-t.Context().Done():
-				return
-			}
-		}
-	}()
 }
 
 func TestCloseGivesTheNameUp(t *testing.T) {
@@ -136,7 +127,7 @@ func TestNameTakenWhileTheBusWasAway(t *testing.T) {
 	onState, told := states()
 	h := quick()
 	again := make(chan time.Duration) // unbuffered: the server waits for the test
-	h.retry = held(again)
+	h.retry = held{t, again}
 	b.serve(Options{Bus: newFakeBus(), OnState: onState}, h)
 	receive(t, told)
 	b.stop()
@@ -163,15 +154,18 @@ func TestNameTakenWhileTheBusWasAway(t *testing.T) {
 }
 
 // held is a retry schedule that a test gives out.
-type held chan time.Duration
+type held struct {
+	t     *testing.T
+	again chan time.Duration
+}
 
 // Next gives up where the test has ended: its bus may go before its server does, which
 // would then wait for ever.
 func (h held) Next() time.Duration {
 	select {
-	case d := <-h:
+	case d := <-h.again:
 		return d
-	case <-time.After(30 * time.Second):
+	case <-h.t.Context().Done():
 		return time.Hour
 	}
 }
@@ -300,7 +294,7 @@ func TestOneWordAChange(t *testing.T) {
 	b.stop()
 	onState, told := states()
 	again := make(chan time.Duration) // unbuffered: the server waits for the test
-	h.retry = held(again)
+	h.retry = held{t, again}
 	s := b.serve(Options{Bus: newFakeBus(), OnState: onState}, h)
 	for range 5 {
 		again <- 0

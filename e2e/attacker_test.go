@@ -22,6 +22,7 @@ import (
 
 	"github.com/castrabus/castra/internal/bus"
 	"github.com/castrabus/castra/internal/identity"
+	"github.com/castrabus/castra/internal/reserve"
 	"github.com/castrabus/castra/internal/wire"
 )
 
@@ -41,7 +42,7 @@ type siege struct {
 func besiege(t testing.TB, limits string, wrap ...string) *siege {
 	s := &siege{lab: newLab(t), keys: make(map[string][]byte)}
 	s.hostBus = s.bus("host")
-	s.port = freePort(t)
+	s.port = reserve.Port(t)
 	s.write("castrad.toml", `[broker]
 listen = ["127.0.0.1:%d"]
 vms_dir = %q

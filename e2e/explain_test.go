@@ -8,13 +8,15 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+
+	"github.com/castrabus/castra/internal/reserve"
 )
 
 // TestExplain stages the faults that keep a VM off the bus, with real processes, and
 // wants the right rung named for each, and what mends it.
 func TestExplain(t *testing.T) {
 	l := newLab(t)
-	l.hostBus, l.port = l.bus("host"), freePort(t)
+	l.hostBus, l.port = l.bus("host"), reserve.Port(t)
 	// A guest's heartbeat comes every 15 s: 20 s is as soon as silence can be told.
 	l.write("castrad.toml", `[broker]
 listen = ["127.0.0.1:%d"]

@@ -7,7 +7,6 @@ import (
 	"bytes"
 	"context"
 	"fmt"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -15,6 +14,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/castrabus/castra/internal/reserve"
 )
 
 // hang bounds each wait for something that takes a moment at most on an idle machine:
@@ -139,7 +140,7 @@ func abstract(address string) string {
 func (l *lab) castrad() {
 	l.Helper()
 	l.hostBus = l.bus("host")
-	l.port = freePort(l.TB)
+	l.port = reserve.Port(l.TB)
 	l.write("castrad.toml", `[broker]
 listen = ["127.0.0.1:%d"]
 vms_dir = %q
@@ -156,7 +157,7 @@ log_dir = %q
 func (l *lab) loadedConfig(store string) {
 	l.Helper()
 	l.hostBus = l.bus("host")
-	l.port = freePort(l.TB)
+	l.port = reserve.Port(l.TB)
 	l.writeLoaded(store)
 }
 
@@ -266,15 +267,4 @@ func bin(t testing.TB, name string) string {
 		t.Fatalf("%v; run `make build` first", err)
 	}
 	return path
-}
-
-// freePort gives a port of 127.0.0.1 that was free a moment ago.
-func freePort(t testing.TB) int {
-	t.Helper()
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer ln.Close()
-	return ln.Addr().(*net.TCPAddr).Port
 }

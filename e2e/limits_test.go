@@ -12,6 +12,7 @@ import (
 	"github.com/godbus/dbus/v5"
 
 	"github.com/castrabus/castra/internal/config"
+	"github.com/castrabus/castra/internal/reserve"
 )
 
 // A reachedLimit is what reaches a limit, the name under which it is counted, and what
@@ -156,7 +157,7 @@ func TestEveryLimit(t *testing.T) {
 	}
 	s := &siege{lab: newLab(t)}
 	s.hostBus = s.bus("host")
-	s.port = freePort(t)
+	s.port = reserve.Port(t)
 	s.write("castrad.toml", `[broker]
 listen = ["127.0.0.1:%d"]
 vms_dir = %q

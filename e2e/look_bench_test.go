@@ -5,6 +5,8 @@ import (
 	"os"
 	"strings"
 	"testing"
+
+	"github.com/castrabus/castra/internal/reserve"
 )
 
 // BenchmarkLook measures how long the commands that only look take, as a person at a
@@ -15,7 +17,7 @@ func BenchmarkLook(b *testing.B) {
 			l := newLab(b)
 			l.mountSmall(32768)
 			l.manyVMs(vms)
-			l.hostBus, l.port = l.bus("host"), freePort(b)
+			l.hostBus, l.port = l.bus("host"), reserve.Port(b)
 			l.write("castrad.toml", `[broker]
 listen = ["127.0.0.1:%d"]
 vms_dir = %q

@@ -7,13 +7,15 @@ import (
 	"time"
 
 	"github.com/godbus/dbus/v5"
+
+	"github.com/castrabus/castra/internal/reserve"
 )
 
 // Whoever waits for the port, as start-up scripts do, must find castractl served.
 func TestPortOpensLast(t *testing.T) {
 	l := newLab(t)
 	l.hostBus = l.bus("host")
-	l.port = freePort(t)
+	l.port = reserve.Port(t)
 	l.write("castrad.toml", "[broker]\nlisten = [\"127.0.0.1:%d\"]\nvms_dir = %q\n[store]\nstate_dir = %q\nlog_dir = %q\n",
 		l.port, l.path("vms.d"), l.path("state"), l.path("log"))
 	conn, err := dbus.Connect(l.hostBus)

@@ -16,6 +16,7 @@ import (
 
 	"github.com/castrabus/castra/internal/bus"
 	"github.com/castrabus/castra/internal/identity"
+	"github.com/castrabus/castra/internal/reserve"
 )
 
 // vmDisk makes the file disk, with castra-guestd installed on it, and gives the kernel
@@ -60,7 +61,7 @@ func (l *lab) bootVMBy(runner []string, name, kernel, broker string, handover ..
 // castra-guestd, which is there for its programs all the same.
 func TestVMAlone(t *testing.T) {
 	l := newLab(t)
-	l.port = freePort(t)
+	l.port = reserve.Port(t)
 	vm := l.bootVM("alone", l.vmDisk(t))
 	vm.booted()
 	// The words that are looked for are never typed on the console, which echoes.

@@ -49,6 +49,7 @@ var rules = map[string]rule{
 	"flags":     {layer: 0},
 	"handover":  {layer: 0, uses: []string{xsys}},
 	"logging":   {layer: 0, uses: []string{logrus, goSystemd}},
+	"reserve":   {layer: 0}, // for tests
 	"sdnotify":  {layer: 0, uses: []string{goSystemd, xsys}},
 	"statefile": {layer: 0, uses: []string{xsys}},
 	"token":     {layer: 0},

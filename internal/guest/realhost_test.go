@@ -14,6 +14,7 @@ import (
 	"github.com/castrabus/castra/internal/bus"
 	registry "github.com/castrabus/castra/internal/identity"
 	"github.com/castrabus/castra/internal/presence"
+	"github.com/castrabus/castra/internal/reserve"
 	"github.com/castrabus/castra/internal/wire"
 )
 
@@ -29,7 +30,7 @@ type realHost struct {
 
 func newRealHost(t *testing.T) *realHost {
 	t.Helper()
-	h := &realHost{t: t, dir: t.TempDir(), addr: "127.0.0.1:0", rate: presence.Rate{Records: 1e6, Burst: 1e6, Bytes: 1e9}}
+	h := &realHost{t: t, dir: t.TempDir(), addr: fmt.Sprint("127.0.0.1:", reserve.Port(t)), rate: presence.Rate{Records: 1e6, Burst: 1e6, Bytes: 1e9}}
 	h.open()
 	h.serve()
 	t.Cleanup(func() { _ = h.Close() })
@@ -69,7 +70,6 @@ func (h *realHost) serve() {
 	if err != nil {
 		h.t.Fatal(err)
 	}
-	h.addr = ln.Addr().String()
 	h.Serve(ln)
 }
 

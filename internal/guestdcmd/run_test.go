@@ -20,6 +20,7 @@ import (
 
 	"github.com/castrabus/castra/internal/bus"
 	"github.com/castrabus/castra/internal/dbusclient"
+	"github.com/castrabus/castra/internal/reserve"
 	"github.com/castrabus/castra/internal/wire"
 )
 
@@ -90,13 +91,7 @@ func newLab(t *testing.T) *lab {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = os.RemoveAll(dir) })
-	l := &lab{t: t, dir: dir}
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	l.address = ln.Addr().String()
-	_ = ln.Close()
+	l := &lab{t: t, dir: dir, address: fmt.Sprint("127.0.0.1:", reserve.Port(t))}
 	l.manager, err = net.ListenUnixgram("unixgram", &net.UnixAddr{Name: dir + "/notify", Net: "unixgram"})
 	if err != nil {
 		t.Fatal(err)

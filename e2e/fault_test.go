@@ -606,15 +606,24 @@ func TestFaultStalled(t *testing.T) {
 	f.recovers("storage-stalled")
 }
 
+// traced tells whether strace has all of castrad's threads: before, a call passes by it.
+func (f *faultLab) traced() bool {
+	threads, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", f.castrad.Process.Pid))
+	for _, thread := range threads {
+		b, err := os.ReadFile(thread)
+		if err == nil && bytes.Contains(b, []byte("TracerPid:\t0\n")) { // else it has ended
+			return false
+		}
+	}
+	return len(threads) > 0
+}
+
 // Guests are let in while the disk does not answer whoever registers a VM.
 func TestFaultRegistry(t *testing.T) {
 	f := startFaultLab(t, "")
 	added := make(chan error, 1) // for the one result
 	go func() {
-		for { // strace is there
-			if _, err := os.Stat(f.path("strace.out")); err == nil || t.Context().Err() != nil {
-				break
-			}
+		for !f.traced() && t.Context().Err() == nil {
 			time.Sleep(10 * time.Millisecond)
 		}
 		_, err := f.tryCastractl("vm", "add", "late", "--no-key")

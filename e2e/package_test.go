@@ -211,8 +211,7 @@ func TestInstall(t *testing.T) {
 		}
 		return nil
 	})
-	explained := h.run("journalctl", "--catalog", "--no-pager", "--unit=castrad", "CASTRA_VM=web1")
-	h.want(explained, "web1: guest connected", "web1 is connected", "castractl status web1", "Defined-By: Castra Bus")
+	h.untilJournal("castrad", []string{"--catalog", "CASTRA_VM=web1"}, "web1: guest connected", "web1 is connected", "castractl status web1", "Defined-By: Castra Bus")
 
 	t.Run("completion", func(t *testing.T) { completion(t, h) })
 	t.Run("dbus clients", func(t *testing.T) { busClients(h) })
@@ -247,7 +246,7 @@ func TestInstall(t *testing.T) {
 	}
 	h.want(h.run("cat", "/etc/castra/castrad.toml"), "# edited")
 	h.run("castractl", "wait", "web1", "--timeout", "60s")
-	h.want(h.run("journalctl", "--no-pager", "--unit=castrad"), "systemctl edit castrad.socket") // listen is overridden
+	h.untilJournal("castrad", nil, "systemctl edit castrad.socket") // listen is overridden
 	h.run("castractl", "bus", "publish", `"kept"`)
 
 	// A host may be a VM itself: both daemons' packages go together.

@@ -139,6 +139,21 @@ func (h *host) want(text string, words ...string) {
 	}
 }
 
+// untilJournal waits until the journal has the words of a unit: what was said is a moment
+// on its way. more is what else journalctl is asked for.
+func (h *host) untilJournal(unit string, more []string, words ...string) {
+	h.Helper()
+	h.until("the journal tells of "+unit, func() error {
+		out := h.run(append([]string{"journalctl", "--no-pager", "--unit=" + unit}, more...)...)
+		for _, w := range words {
+			if !strings.Contains(out, w) {
+				return fmt.Errorf("%q is not in:\n%s", w, out)
+			}
+		}
+		return nil
+	})
+}
+
 // TestSystemd takes castrad through what a service manager does with it: a
 // socket that starts it, D-Bus that starts it, reload, restart, a hang, a stop.
 func TestSystemd(t *testing.T) {
@@ -164,8 +179,8 @@ func TestSystemd(t *testing.T) {
 		}
 		return nil
 	})
-	h.want(h.run("journalctl", "--unit=castrad", "--no-pager", "CASTRA_VM=web1"), "web1: VM registered", "web1: guest connected")
-	h.want(h.run("journalctl", "--unit=guest", "--no-pager"), "org.castra.Bus1")
+	h.untilJournal("castrad", []string{"CASTRA_VM=web1"}, "web1: VM registered", "web1: guest connected")
+	h.untilJournal("guest", nil, "org.castra.Bus1")
 
 	h.run("systemctl", "reload", "castrad")
 	h.want(h.run("castractl", "status", "web1"), "reachable")
@@ -236,7 +251,7 @@ func TestSystemd(t *testing.T) {
 		return nil
 	})
 	h.run("castractl", "wait", "web1", "--timeout", "60s")
-	h.want(h.run("journalctl", "--unit=castrad", "--no-pager"), "Watchdog timeout")
+	h.untilJournal("castrad", nil, "Watchdog timeout")
 
 	// While castrad starts, what only looks says so, and waits for nothing.
 	h.run("sh", "-c", `printf '[Service]\nExecStartPre=/bin/sleep infinity\n' >/run/systemd/system/castrad.service.d/slow.conf

@@ -205,6 +205,13 @@ unsent_bytes = "64KiB"
 	}
 	for key, l := range everyLimit {
 		t.Run(key, func(t *testing.T) {
+			wait(t, "the guests before have left", func() error { // they take the sessions that there may be
+				st, err := s.status()
+				if err == nil && st.Broker.Sessions > 0 {
+					err = fmt.Errorf("%d are there", st.Broker.Sessions)
+				}
+				return err
+			})
 			before := counts()[l.counted]
 			l.reach(t, s)
 			s.limited(t, l.counted, before+1)

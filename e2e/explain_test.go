@@ -74,8 +74,8 @@ publish_burst = 5
 		code     int
 		mend     string
 	}{
-		{"well", "", 0, ""},
 		{"lagging", "lag", 3, "systemctl restart castra-guestd"}, // before its silence is noticed
+		{"well", "", 0, ""},
 		{"stranger", "registered", 4, "castractl vm add stranger"},
 		{"absent", "connected", 3, "castractl vm args absent"},
 		{"keyed", "handshake", 3, "castractl vm rekey keyed"},

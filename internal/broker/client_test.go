@@ -96,10 +96,8 @@ func dial(t testing.TB, addr string) *guest {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = conn.Close() })
-	if err := conn.SetDeadline(time.Now().Add(hang)); err != nil {
-		t.Fatal(err)
-	}
 	g := &guest{t, conn, bufio.NewReader(conn)}
+	g.wait()
 	if got := g.line(); got != wire.Greeting {
 		t.Fatalf("greeted with %q", got)
 	}
@@ -119,7 +117,16 @@ func connect(t testing.TB, addr, vm string) *guest {
 
 func (g *guest) say(format string, args ...any) {
 	g.t.Helper()
+	g.wait()
 	if _, err := fmt.Fprintf(g.conn, format, args...); err != nil {
+		g.t.Fatal(err)
+	}
+}
+
+// wait bounds the next wait, and not all of them: a long test may take longer.
+func (g *guest) wait() {
+	g.t.Helper()
+	if err := g.conn.SetDeadline(time.Now().Add(hang)); err != nil {
 		g.t.Fatal(err)
 	}
 }
@@ -140,6 +147,7 @@ func (g *guest) send(frames ...string) {
 	for _, f := range frames {
 		b = wire.AppendFrame(b, []byte(f))
 	}
+	g.wait()
 	if _, err := g.conn.Write(b); err != nil {
 		g.t.Fatal(err)
 	}

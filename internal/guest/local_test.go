@@ -29,14 +29,12 @@ func connect(t testing.TB, path string) *program {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = conn.Close() })
-	if err := conn.SetDeadline(time.Now().Add(hang)); err != nil {
-		t.Fatal(err)
-	}
 	return &program{t: t, conn: conn, r: bufio.NewReader(conn)}
 }
 
 func (p *program) say(lines ...string) {
 	p.t.Helper()
+	_ = p.conn.SetWriteDeadline(time.Now().Add(hang))
 	for _, line := range lines {
 		if _, err := io.WriteString(p.conn, line+"\n"); err != nil {
 			p.t.Fatal(err)
@@ -46,6 +44,7 @@ func (p *program) say(lines ...string) {
 
 func (p *program) hear() string {
 	p.t.Helper()
+	_ = p.conn.SetReadDeadline(time.Now().Add(hang))
 	line, err := p.r.ReadString('\n')
 	if err != nil {
 		p.t.Fatalf("heard %q: %v", line, err)
@@ -335,6 +334,9 @@ func TestSocketSlowReader(t *testing.T) {
 func TestSocketAnswersUnread(t *testing.T) {
 	_, path, host := withHost(t)
 	p := connect(t, path)
+	if err := host.conn.SetDeadline(time.Now().Add(4 * hang)); err != nil {
+		t.Fatal(err)
+	}
 	const n = 10_000
 	go func() {
 		for i := range n {

@@ -10,6 +10,10 @@ import (
 	"time"
 )
 
+// slowHang is hang for what a VM does: a boot takes ten seconds without KVM, and many
+// times that beside other work.
+const slowHang = 5 * time.Minute
+
 // A console is the far end of a VM's serial port.
 type console struct {
 	l    *lab
@@ -61,11 +65,10 @@ func (c *console) said() []byte {
 	return bytes.Clone(c.got)
 }
 
-// booted waits for the shell's prompt. A boot takes ten seconds without KVM, and longer
-// beside other work.
+// booted waits for the shell's prompt.
 func (c *console) booted() {
 	c.l.Helper()
-	c.l.within(5*time.Minute, "the VM's shell is there", func() error {
+	c.l.within(slowHang, "the VM's shell is there", func() error {
 		if c.run(""); !bytes.Contains(c.said(), []byte("# ")) {
 			time.Sleep(time.Second)
 			return errors.New("there is no prompt")
@@ -79,7 +82,7 @@ func (c *console) booted() {
 func (c *console) expect(from int, text string) int {
 	c.l.Helper()
 	var at int
-	c.l.until(fmt.Sprintf("the VM's console says %q", text), func() error {
+	c.l.within(slowHang, fmt.Sprintf("the VM's console says %q", text), func() error {
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		if i := bytes.Index(c.got[from:], []byte(text)); i >= 0 {

@@ -217,7 +217,7 @@ func (c *cutLab) publish(window int, records ...*cutRecord) {
 // takesGuests waits until castrad does, in the VM or here.
 func (c *cutLab) takesGuests() {
 	c.Helper()
-	c.until("castrad takes a guest", func() error {
+	c.within(slowHang, "castrad takes a guest", func() error {
 		p, err := dialWire(c.port, "first")
 		if err == nil {
 			err = p.Close()

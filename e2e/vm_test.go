@@ -12,7 +12,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/castrabus/castra/internal/bus"
 	"github.com/castrabus/castra/internal/identity"
@@ -100,8 +99,7 @@ func TestVM(t *testing.T) {
 	vm := l.bootVM("web1", kernel, handover...)
 	other := l.bootVM("thief", kernel, thief...)
 
-	// A boot takes ten seconds without KVM, and longer beside other work.
-	l.castractl("wait", "web1", "--timeout", "300s")
+	l.castractl("wait", "web1", "--timeout", slowHang.String())
 	state := func() (st bus.Status) {
 		if err := json.Unmarshal([]byte(l.castractl("status", "--json")), &st); err != nil {
 			t.Fatal(err)
@@ -115,7 +113,7 @@ func TestVM(t *testing.T) {
 	session := st.VMs[0].Session
 
 	// The words that are looked for are never typed on the console, which echoes.
-	vm.run("")
+	vm.booted()
 	at := vm.expect(0, "# ")
 
 	l.start("tail", []string{"DBUS_SYSTEM_BUS_ADDRESS=" + l.hostBus},
@@ -137,7 +135,7 @@ func TestVM(t *testing.T) {
 	l.castractl("bus", "publish", "--vm", "web1", "--payload", `{"from":"outside"}`)
 	vm.expect(at, `"from":"outside"`)
 
-	l.within(5*time.Minute, "the other VM is refused", func() error {
+	l.within(slowHang, "the other VM is refused", func() error {
 		for _, r := range state().Refused {
 			if r.VM == "web1" && r.Reason == "auth-failed" {
 				return nil
@@ -145,7 +143,7 @@ func TestVM(t *testing.T) {
 		}
 		return fmt.Errorf("those turned away are %+v", state().Refused)
 	})
-	other.run("")
+	other.booted()
 	mark := other.expect(0, "# ")
 	other.run("castractl status; echo status=$?")
 	other.expect(mark, "auth-failed")

@@ -10,8 +10,8 @@ import (
 	"time"
 )
 
-// slowHang is hang for what a VM does: a boot takes ten seconds without KVM, and many
-// times that beside other work.
+// slowHang is hang for what takes longer beside other work: a VM without KVM, whose boot
+// takes ten seconds alone, or a million records.
 const slowHang = 5 * time.Minute
 
 // A console is the far end of a VM's serial port.

@@ -81,7 +81,7 @@ func TestStoppedSubscriber(t *testing.T) {
 	}
 	var late atomic.Int64
 	work.Go(func() { inOrder(t, "the guest that did not read", slow, &late) })
-	l.until("castractl has written all", func() error {
+	l.within(slowHang, "castractl has written all", func() error {
 		f, err := os.Open(l.path("tail.log"))
 		if err != nil {
 			return err

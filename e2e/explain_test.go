@@ -57,6 +57,7 @@ publish_burst = 5
 	l.stop("stopped", stopped)
 	l.tailInGuest("well", "vm:well")
 
+	l.until("castra-guestd answers", func() error { return l.inGuest("limited", "status").Run() }) // a session is no name on the bus
 	flood := l.inGuest("limited", "bus", "publish", "--lines", "-")
 	flood.Stdin = strings.NewReader(strings.Repeat("1\n", 100))
 	if err := flood.Start(); err != nil {

@@ -69,9 +69,13 @@ func (g *spooler) status() (st bus.Status) {
 	g.Helper()
 	inside := *g.lab
 	inside.hostBus = g.bus
-	if err := json.Unmarshal([]byte(inside.castractl("status", "--json")), &st); err != nil {
-		g.Fatal(err)
-	}
+	g.until("castra-guestd answers", func() error { // its socket was there before its name on the bus
+		out, err := inside.tryCastractl("status", "--json")
+		if err == nil {
+			err = json.Unmarshal([]byte(out), &st)
+		}
+		return err
+	})
 	return st
 }
 

@@ -44,6 +44,11 @@ type Files struct {
 // Open opens the directories. Close must follow.
 func (r *Replacer) Open() (*Files, error) {
 	dir, err := openDir(r.Dir)
+	if errors.Is(err, fs.ErrNotExist) { // somebody has removed it, with the files in it
+		if err = os.Mkdir(r.Dir, 0o750); err == nil {
+			dir, err = openDir(r.Dir)
+		}
+	}
 	if err != nil {
 		return nil, err
 	}

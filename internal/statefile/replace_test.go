@@ -212,16 +212,17 @@ func TestReplaceWithoutExchange(t *testing.T) {
 	}
 }
 
-// Whoever removes the directory of the spares, or puts another one in the place of that
-// of the files, finds files in them again.
+// Whoever removes the directory of the spares or of the files, or puts another one in its
+// place, finds files in them again.
 func TestReplaceFollowsDirectories(t *testing.T) {
 	r := replacer(t)
 	for i, move := range []func() error{
 		func() error { return os.RemoveAll(r.Spares) },
-		func() error { return os.Rename(r.Dir, r.Dir+".old") },
+		func() error { return os.RemoveAll(r.Dir) },
+		func() error { return errors.Join(os.Rename(r.Dir, r.Dir+".old"), os.Mkdir(r.Dir, 0o750)) },
 	} {
 		r.must(t, fmt.Sprintf("a%d", i))
-		if err := errors.Join(move(), os.MkdirAll(r.Dir, 0o750)); err != nil {
+		if err := move(); err != nil {
 			t.Fatal(err)
 		}
 		r.must(t, fmt.Sprintf("b%d", i))

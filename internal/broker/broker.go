@@ -67,6 +67,9 @@ type Settings struct {
 // vmSegments is how many segments a VM's retention is cut into (contract 5).
 const vmSegments = 8
 
+// leastVMSegment is an eighth of the least vm_retention_size that there may be.
+const leastVMSegment = 8 << 10
+
 // Broker is a running bus. Its methods may be called by anybody at any time.
 type Broker struct {
 	opts    Options
@@ -200,7 +203,7 @@ func (b *Broker) openLog() error {
 			Dir:          filepath.Join(o.LogDir, "bus", "vm"),
 			IDDir:        filepath.Join(o.StateDir, "ids"),
 			PositionFile: filepath.Join(o.StateDir, "vm-streams.json"),
-			SegmentSize:  max(64<<10, o.VMRetention/vmSegments), Retention: o.VMRetention, MaxAge: o.RetentionAge,
+			SegmentSize:  max(leastVMSegment, o.VMRetention/vmSegments), Retention: o.VMRetention, MaxAge: o.RetentionAge,
 			Sender: bus.HostVM, Owner: wire.TopicVM[[]byte], Share: b.share,
 			OnOversize: func(vm string) {
 				b.bite(limitVMBytes, vm, "", session.TroubleQueueFull, session.ActionThrottle, "the stream of this VM is full, its oldest records went")

@@ -268,3 +268,36 @@ func TestStrangerComesWhileForgotten(t *testing.T) {
 	others.send(`{"type":"heartbeat"}`)
 	others.expect(`{"ack":"heartbeat","status":"ok"}`)
 }
+
+// A VM's segments are an eighth of what it keeps, also where that is little.
+func TestVMSegments(t *testing.T) {
+	o := testOptions(t, t.TempDir())
+	o.VMRetention = 64 << 10
+	b := start(t, o)
+	if _, _, err := b.AddVM(t.Context(), bus.AddVMRequest{Name: "web1", NoKey: true}); err != nil {
+		t.Fatal(err)
+	}
+	g := connect(t, b.addr, "web1")
+	for range 200 {
+		g.send(`{"type":"publish","topic":"t","payload":"` + strings.Repeat("x", 1000) + `"}`)
+		g.expect(`{"ack":"publish","status":"ok"}`)
+	}
+	if err := b.Close(); err != nil {
+		t.Fatal(err)
+	}
+	files, err := filepath.Glob(o.LogDir + "/bus/vm/web1/*.jsonl")
+	if err != nil || len(files) < 8 {
+		t.Fatal(files, err)
+	}
+	total := int64(0)
+	for _, f := range files {
+		st, err := os.Stat(f)
+		if err != nil || st.Size() > 8<<10 {
+			t.Errorf("%s has %d bytes, %v", f, st.Size(), err)
+		}
+		total += st.Size()
+	}
+	if total > 72<<10 {
+		t.Errorf("%d bytes are kept", total)
+	}
+}

@@ -249,7 +249,7 @@ func (p *perVM) segmentSize(vm string) int64 {
 	if share == p.opts.Retention {
 		return p.opts.SegmentSize
 	}
-	return max(leastSegment, int64(float64(p.opts.SegmentSize)*float64(share)/float64(p.opts.Retention)))
+	return min(p.opts.SegmentSize, max(leastSegment, int64(float64(p.opts.SegmentSize)*float64(share)/float64(p.opts.Retention))))
 }
 
 // notify tells that something was committed.

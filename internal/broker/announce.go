@@ -28,6 +28,7 @@ const (
 // broker ends. What cannot be stored is merged per VM and tried again.
 func (b *Broker) announce() {
 	a := announcer{pending: b.left}
+	listed := a.untold()
 	retry := time.NewTimer(time.Hour)
 	retry.Stop()
 	first := make(chan struct{}, 1) // one token: there may be something from the start
@@ -48,11 +49,15 @@ func (b *Broker) announce() {
 		changes, touched := b.table.Changes()
 		a.pending = append(a.pending, changes...)
 		if len(changes) > 0 {
-			b.records.presence()
+			b.records.presence(a.untold()) // now: a stalled disk may keep the announcement
 		}
 		if b.publishPresence(&a); len(a.pending) > 0 {
 			a.pending = presence.MergeChanges(a.pending)
 			retry.Reset(announceRetry)
+		}
+		if was, is := listed, a.untold(); len(was) > 0 || len(is) > 0 || ended {
+			b.records.presence(is)
+			listed = is
 		}
 		for _, name := range touched {
 			if !b.table.Has(name) {
@@ -70,6 +75,19 @@ type announcer struct {
 	// became of it, publishing its changes again could store them twice.
 	stuck *eventlog.Batch
 	sent  []presence.Change // what is in it
+}
+
+// untold gives the VMs of which nobody was told yet that they are no longer reachable.
+func (a *announcer) untold() []string {
+	var names []string
+	for _, changes := range [][]presence.Change{a.sent, a.pending} {
+		for _, c := range changes {
+			if !c.Reachable {
+				names = append(names, c.VM)
+			}
+		}
+	}
+	return names
 }
 
 // settle takes back what the disk did not store of the stuck batch. Call it when the

@@ -162,13 +162,17 @@ func Open(opts Options) (*Broker, error) {
 		b.records.past = &past{recall: b.recall, read: make(map[string]struct{})}
 		b.work.Go(b.remember)
 	}
-	b.work.Go(func() { b.records.run(b.ctx2) })
+	recording, announced := context.WithCancel(context.Background())
+	b.work.Go(func() { b.records.run(recording) })
 	b.work.Go(func() { b.cursors.run(b.ctx2, func(err error) { b.note(partCursors, err) }) })
 	b.work.Go(b.sweep)
 	b.work.Go(b.watchIdle)
 	b.work.Go(func() { b.couriers.Run(b.ctx2) })
 	b.work.Go(b.watchStrangers)
-	b.work.Go(b.announce)
+	b.work.Go(func() {
+		defer announced()
+		b.announce()
+	})
 	return b, nil
 }
 

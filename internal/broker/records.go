@@ -56,6 +56,7 @@ type recorder struct {
 	due     map[string]struct{}
 	free    map[string]struct{} // due, the next time: empty, and has grown already
 	present bool                // who is reachable has changed
+	untold  []string            // see presence
 	dropped int
 
 	// Of who writes: see note.
@@ -99,16 +100,17 @@ func (r *recorder) handshake(vms ...string) {
 	token.Leave(r.wake)
 }
 
-// presence makes the list of those who are reachable due.
-func (r *recorder) presence() {
+// presence makes the list of those who are reachable due, among whom are untold: the
+// record says so of them still.
+func (r *recorder) presence(untold []string) {
 	r.mu.Lock()
-	r.present = true
+	r.present, r.untold = true, untold
 	r.mu.Unlock()
 	token.Leave(r.wake)
 }
 
 // reachableFile lists the VMs that were reachable, for a castrad that begins
-// where another ended without a word: the last one said of each that it is.
+// where another ended without a word, or could not store it: the last one said of each that it is.
 func (r *recorder) reachableFile() string {
 	return filepath.Join(filepath.Dir(r.dir), "reachable.json")
 }
@@ -143,7 +145,8 @@ func parseReachable(data []byte) ([]string, error) {
 	return slices.Compact(names), nil
 }
 
-// run writes until ctx is done, and then what is left.
+// run writes until ctx is done, and then what is left. That is to be when all is announced
+// that can be.
 func (r *recorder) run(ctx context.Context) {
 	files := [2]*rotated{
 		{path: filepath.Join(r.dir, "handshake-events.jsonl"), log: r.log},
@@ -168,7 +171,6 @@ func (r *recorder) run(ctx context.Context) {
 			for len(r.events) > 0 {
 				r.note(r.append(files, <-r.events))
 			}
-			r.presence() // nobody is connected any more
 			r.writeDue()
 			for _, f := range files {
 				r.note(f.close())
@@ -230,7 +232,7 @@ func (r *recorder) refresh() { r.handshake(r.table.Unrecorded(handshakePeriod)..
 
 func (r *recorder) writeDue() {
 	r.mu.Lock()
-	due, present := r.due, r.present
+	due, present, untold := r.due, r.present, r.untold
 	r.due, r.present = r.free, false
 	r.mu.Unlock()
 	if len(due) > 0 {
@@ -239,7 +241,9 @@ func (r *recorder) writeDue() {
 	}
 	r.free = due
 	if present { // synced, for which the VMs' files are not to wait
-		data, err := json.Marshal(r.table.Reachable())
+		names := append(r.table.Reachable(), untold...)
+		slices.Sort(names)
+		data, err := json.Marshal(slices.Compact(names))
 		if err == nil {
 			err = replace(r.reachableFile(), append(data, '\n'))
 		}

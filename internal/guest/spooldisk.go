@@ -236,13 +236,11 @@ func (d *disk) entry(r *Record) eventlog.Entry {
 }
 
 // save notes that the host has everything up to seq, and removes what that leaves
-// without use.
+// without use: first, since on a full disk that is what makes room for the note. A
+// segment that is gone counts as released, note or not.
 func (d *disk) save(seq uint64) error {
-	if err := eventlog.Replace(d.fs, filepath.Join(d.dir, releasedFile), fmt.Appendf(nil, "{\"seq\":%d}\n", seq)); err != nil {
-		return err
-	}
 	d.log.Release(seq)
-	return nil
+	return eventlog.Replace(d.fs, filepath.Join(d.dir, releasedFile), fmt.Appendf(nil, "{\"seq\":%d}\n", seq))
 }
 
 func readReleased(fsys eventlog.FS, dir string) (uint64, error) {

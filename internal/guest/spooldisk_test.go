@@ -645,6 +645,44 @@ func TestSpoolIsReleased(t *testing.T) {
 	})
 }
 
+// On a disk that the spool itself has filled there is no room for the note of what is
+// released, before what is released has gone.
+func TestSpoolThatFilledItsDisk(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
+		dir := t.TempDir()
+		b := openBox(t, dir, 512<<10)
+		h := &host{seqs: make(map[string]uint64)}
+		segments := func() int {
+			files, _ := filepath.Glob(filepath.Join(dir, "web1", "*.jsonl"))
+			return len(files)
+		}
+		for i := 0; segments() < 4; i++ {
+			b.publish(fmt.Sprint(i))
+			synctest.Wait()
+		}
+		b.fs.create.Store(pointer(syscall.ENOSPC))
+		b.begin()
+		h.take(b, 1<<30)
+		time.Sleep(2 * saveEvery)
+		synctest.Wait()
+		if n := segments(); n != 1 {
+			t.Errorf("the host has everything, and %d segments are left", n)
+		}
+		b.stop() // without a note
+		b = openBox(t, dir, 512<<10)
+		if n := b.counts().records; n >= len(h.ids) {
+			t.Errorf("%d records wait again of %d", n, len(h.ids))
+		}
+		b.publish("after")
+		arrived := len(h.ids)
+		b.begin()
+		h.take(b, 1<<30)
+		if len(h.ids) != arrived+1 || h.ids[arrived] != "after" {
+			t.Errorf("the host has %q after the restart", h.ids[arrived:])
+		}
+	})
+}
+
 // A position beyond the log's end must not swallow what is published next.
 func TestSpoolThatWasReplaced(t *testing.T) {
 	bubble.Test(t, func(t *testing.T) {

@@ -58,6 +58,29 @@ func TestPublishReturnsTheHostsSeq(t *testing.T) {
 	})
 }
 
+// A machine that is put back to a snapshot of its memory publishes other messages under the
+// numbers that it has used: under ids of theirs the host would not store them.
+func TestIDsAreNewAfterASnapshot(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
+		f := runAgent(t, nil)
+		p := f.net.accept(t)
+		seen := make(map[string]bool)
+		snapshot := f.ids.Load()
+		for range 3 {
+			f.ids.Store(snapshot)
+			for range 2 {
+				done := f.publish(bus.PublishRequest{Topic: "t"})
+				id := p.wantPublish("null", 1)
+				if <-done; seen[id] {
+					t.Errorf("id %s comes a second time", id)
+				}
+				seen[id] = true
+			}
+			time.Sleep(time.Nanosecond)
+		}
+	})
+}
+
 func TestPublishRefusesAtOnceWhatTheHostWould(t *testing.T) {
 	bubble.Test(t, func(t *testing.T) {
 		f := runAgent(t, nil)

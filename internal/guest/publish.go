@@ -47,9 +47,19 @@ func (a *Agent) publish(req bus.PublishRequest, done func(result)) error {
 		return err
 	}
 	if r.ID == "" {
-		r.ID = a.idBase + strconv.FormatUint(a.ids.Add(1), 10)
+		r.ID = a.newID()
 	}
 	return a.outbox.put(r, done)
+}
+
+// newID makes an id that no other message of this machine has. The moment is for one that
+// was put back to a snapshot of its memory: it draws the same random bits and counts the same numbers
+// again, and the host would take its new messages for those it has.
+func (a *Agent) newID() string {
+	id := append(make([]byte, 0, 64), a.idBase...)
+	id = strconv.AppendUint(id, a.ids.Add(1), 10)
+	id = append(id, '-')
+	return string(strconv.AppendInt(id, time.Now().UnixNano(), 36))
 }
 
 // check refuses at once what the host would refuse later, when nobody may be left

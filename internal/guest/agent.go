@@ -125,7 +125,7 @@ func newAgent(opts Options, pace pacer, dial func(context.Context, string) (net.
 		state: linkState{address: opts.Address},
 	}
 	a.outbox.wake, a.outbox.note, a.outbox.lost = a.uplink.nudge, a.watchers.note, a.loss.lost
-	a.subs.wake, a.subs.note = a.uplink.nudge, a.watchers.note
+	a.subs.wake, a.subs.note, a.subs.shorter = a.uplink.nudge, a.watchers.note, a.shorter
 	err := a.Reload(opts.Address, opts.Subscribe)
 	switch {
 	case err != nil:
@@ -227,6 +227,12 @@ func (a *Agent) Probe(ctx context.Context) error {
 		return a.local.probe(ctx)
 	}
 	return nil
+}
+
+// shorter takes in that the host's log is not the one that was heard of so far.
+func (a *Agent) shorter(end uint64) {
+	a.head.Store(end)
+	logging.RecordsMissed.On(a.opts.Log).WithField("newest", end).Warn("the host's log ends before what this guest has heard of it: it was begun anew, or restored; going on with what is new")
 }
 
 // seen notes the number of a record that came by.

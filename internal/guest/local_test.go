@@ -162,6 +162,7 @@ func TestSocketWithoutAHost(t *testing.T) {
 	host = f.net.accept(t)
 	host.want(`{"type":"subscribe","topic":"vm:web1","sub":"s3","from":3}`)
 	host.want(`{"type":"subscribe","topic":"b","sub":"s4","from":"start"}`)
+	host.want(`{"type":"subscribe","topic":"vm:web1","sub":"s5"}`) // to see where the log ends
 	host.send(okSubscribe, `{"type":"ack","ack":"subscribe","status":"error","code":"too-many-subscriptions","reason":"16"}`)
 	p.wantPart(`{"type":"error","code":"too-many-subscriptions"`)
 	p.wantEnd()

@@ -40,6 +40,7 @@ type subscription struct {
 	name    string // on this session; a new one each time, so that what is still under way for an earlier one is not taken for it
 	next    uint64 // the first record not delivered yet; 0: not known
 	since   time.Time
+	given   uint64 // the newest record handed to the sink
 	done    uint64 // the newest record that has been processed here
 	pending bool   // in table.acks
 	resumed bool   // its sink has room again, before the table knew that it had none
@@ -67,6 +68,8 @@ const maxSubscriptions = 256
 type table struct {
 	wake func() // something is to be sent; must not block
 	note func() // what the host has taken changed; must not block
+	// shorter says that the host's log ends at end, before what was heard of it.
+	shorter func(end uint64)
 
 	mu    sync.Mutex
 	live  bool
@@ -78,6 +81,7 @@ type table struct {
 	asked []*subscription // sent and unanswered, in order; one that was removed since stays as its place
 	acks  []*subscription // with something processed that the host has not heard
 	left  []string        // names whose unsubscribe is sent and unanswered, in order
+	says  bool            // the host says on this session where a subscription begins
 }
 
 func newTable() *table { return &table{names: make(map[string]*subscription)} }
@@ -158,7 +162,7 @@ func (t *table) restart(s *subscription) {
 // processed says that everything delivered on s up to seq has been processed.
 func (t *table) processed(s *subscription, seq uint64) {
 	t.mu.Lock()
-	fresh := seq > s.done
+	fresh := seq > s.done && seq <= s.given // else it is of a log that is no more
 	if fresh {
 		s.done = seq
 		if s.state == subLive && !s.pending {
@@ -177,11 +181,13 @@ func (t *table) begin() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.live = true
+	t.says = false
 	for _, s := range t.all {
 		if s.state != subPaused {
 			t.enqueue(s)
 		}
 	}
+	t.sound()
 }
 
 // end forgets the session, and tells every sink.
@@ -253,6 +259,7 @@ func (t *table) answer(m *wire.Message) bool {
 	s := t.asked[0]
 	t.asked = t.asked[1:]
 	ok := string(m.Status) == "ok"
+	t.says = t.says || m.HasSeq
 	// One that was removed, or paused and resumed under another name, since it was
 	// asked for no longer cares.
 	current := s.state == subAsked && !slices.Contains(t.ask, s) && !slices.Contains(t.asked, s)
@@ -323,6 +330,7 @@ func (t *table) expecting(name []byte, seq uint64) (s *subscription, next uint64
 	if s == nil || seq < s.next {
 		return nil, 0
 	}
+	s.given = seq
 	return s, s.next
 }
 

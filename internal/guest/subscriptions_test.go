@@ -47,7 +47,7 @@ func (r *recorder) want(t *testing.T, want ...string) {
 
 func testTable() *table {
 	tab := newTable()
-	tab.wake, tab.note = func() {}, func() {}
+	tab.wake, tab.note, tab.shorter = func() {}, func() {}, func(uint64) {}
 	return tab
 }
 
@@ -114,7 +114,7 @@ func TestTableResumesBehindWhatWasDelivered(t *testing.T) {
 	tab.end()
 	a.want(t, "suspended")
 	tab.begin()
-	wantLines(t, tab, "subscribe a s3 13", "subscribe b s4 ")
+	wantLines(t, tab, "subscribe a s3 13", "subscribe b s4 ", "subscribe a s5 ")
 	tab.answer(okAck)
 	tab.deliver(delivery("s1", 11)) // under the name of the session before
 	tab.deliver(delivery("s3", 12)) // once more
@@ -135,7 +135,7 @@ func TestTableResumesFromTheAck(t *testing.T) {
 	tab.answer(&wire.Message{Status: []byte("ok"), Seq: 41, HasSeq: true})
 	tab.end()
 	tab.begin()
-	wantLines(t, tab, "subscribe a s2 42")
+	wantLines(t, tab, "subscribe a s2 42", "subscribe a s3 ")
 }
 
 // "The last 3" of a topic that was empty is all that came since.
@@ -241,6 +241,10 @@ func TestTableAcksTheNewestOnly(t *testing.T) {
 	_, _ = tab.add(s)
 	wantLines(t, tab, "subscribe a s1 ")
 	tab.answer(okAck)
+	tab.processed(s, 8)
+	wantLines(t, tab) // nothing was delivered yet
+	tab.deliver(delivery("s1", 5))
+	tab.deliver(delivery("s1", 8))
 	tab.processed(s, 5)
 	tab.processed(s, 8)
 	tab.processed(s, 7)

@@ -125,12 +125,16 @@ func (f *Factory) runRequest(ctx context.Context, o *requestOptions, req bus.Pub
 	// An answer has a higher number than its request, and the log keeps it: to begin
 	// there misses none, however fast it came. A guest whose host is away has no
 	// number for the request yet, but one for the newest record before it.
+	after := seq
+	if after == 0 {
+		after = st.Broker.HeadSeq
+	}
 	t := &tailer{
-		f: f, start: MayStart, last: max(seq, st.Broker.HeadSeq),
+		f: f, start: MayStart,
 		req: bus.TailRequest{Topics: []string{req.Reply}, Follow: true},
 		out: bufio.NewWriter(f.IO.Out),
 	}
-	t.beginAfter(t.last)
+	t.beginAfter(after)
 	format := newFormatter(o.format, f)
 	t.format = func(w *bufio.Writer, e *entry) error {
 		if err := format(w, e); err != nil || e.isGap() {

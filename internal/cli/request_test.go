@@ -42,6 +42,11 @@ func TestRequest(t *testing.T) {
 // for, from where it was left.
 func TestRequestGapAndRestart(t *testing.T) {
 	c, _, tails := answering(1043, `{"type":"gap","from":1044,"to":1050}`+"\n", anAnswer)
+	c.status = func([]string) (bus.Status, error) {
+		st := testStatus()
+		st.Broker.HeadSeq = 1100
+		return st, nil
+	}
 	run(t, c, []string{"bus", "request", "--vm", "web1", "t"}).want(t, ExitDone, `{"ok":true}`+"\n", "gap: records 1044 to 1050 are gone")
 	if len(*tails) != 2 || (*tails)[1].From != 1051 {
 		t.Errorf("tailed %+v", *tails)
@@ -60,5 +65,20 @@ func TestRequestInGuest(t *testing.T) {
 	run(t, c, []string{"bus", "request", "jobs.next"}).want(t, ExitDone, `{"ok":true}`+"\n", "")
 	if published.Topic != "jobs.next" || !strings.HasPrefix(published.Reply, "vm:web1/reply.") || (*tails)[0].From != 1043 {
 		t.Errorf("published %+v, tailed %+v", published, *tails)
+	}
+}
+
+// The number that the host gave counts, and not what a guest had heard of the log
+// before the host was installed anew.
+func TestRequestInGuestOfAnotherHost(t *testing.T) {
+	c, _, tails := answering(11, anAnswer)
+	c.status = func([]string) (bus.Status, error) {
+		st := testStatus()
+		st.Broker.Kind, st.VMs = kindGuest, st.VMs[3:]
+		return st, nil
+	}
+	run(t, c, []string{"bus", "request", "jobs.next"}).want(t, ExitDone, `{"ok":true}`+"\n", "")
+	if (*tails)[0].From != 12 {
+		t.Errorf("tailed %+v", *tails)
 	}
 }

@@ -199,6 +199,20 @@ func TestTailOutlivesRestart(t *testing.T) {
 	})
 }
 
+// A castrad that comes back with a log begun anew, which ends at 1042, has new records
+// to show all the same.
+func TestTailOutlivesItsLog(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
+		var asked []bus.TailRequest
+		c := streams(&asked, dbusclient.ErrNotRunning, record(5000, "1"), record(1043, "2"))
+		r := run(t, c, []string{"bus", "tail", "-o", "json"})
+		r.want(t, ExitNoCastrad, record(5000, "1")+record(1043, "2"), "shown is record 5000, but the newest is 1042")
+		if asked[1].From != 1043 {
+			t.Errorf("went on from %d", asked[1].From)
+		}
+	})
+}
+
 func TestTailWithoutCastrad(t *testing.T) {
 	var asked []bus.TailRequest
 	run(t, streams(&asked, dbusclient.ErrNotRunning), []string{"bus", "tail"}).want(t, ExitNoCastrad, "", "daemon not running")

@@ -66,6 +66,12 @@ func (t *tailer) resume(ctx context.Context) error {
 	if err != nil || seq == 0 {
 		return err
 	}
+	t.floor = floor{}
+	return t.goOnAfter(ctx, seq, t.cursor.path+" notes")
+}
+
+// goOnAfter begins after record seq, or where the log ends before it: after its end.
+func (t *tailer) goOnAfter(ctx context.Context, seq uint64, says string) error {
 	b, err := t.f.broker(ctx, t.start)
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
@@ -76,11 +82,10 @@ func (t *tailer) resume(ctx context.Context) error {
 	if head := b.HeadSeq; b.Kind != kindGuest && seq > head {
 		// The log was restored or begun anew. Waiting for that number to come round
 		// would hide every record until then.
-		t.f.note("%s notes record %d, but the newest is %d: going on with what is new", t.cursor.path, seq, head)
+		t.f.note("%s record %d, but the newest is %d: going on with what is new", says, seq, head)
 		seq = head
 	}
 	t.beginAfter(seq)
-	t.floor = floor{}
 	return nil
 }
 
@@ -148,9 +153,6 @@ func (t *tailer) run(ctx context.Context) error {
 		}
 		wait = min(2*wait, lastRetry)
 		t.f.Close()
-		if t.last > 0 {
-			t.beginAfter(t.last)
-		}
 	}
 }
 
@@ -168,6 +170,11 @@ func (t *tailer) pastUntil() bool {
 
 // stream shows one stream to its end; open tells whether it had begun.
 func (t *tailer) stream(ctx context.Context) (open bool, err error) {
+	if t.started && t.last > 0 {
+		if err := t.goOnAfter(ctx, t.last, "shown is"); err != nil {
+			return false, err
+		}
+	}
 	client, err := t.f.Client(ctx, t.start)
 	if err != nil {
 		return false, err

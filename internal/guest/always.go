@@ -67,6 +67,6 @@ func (l *listener) deliver(s *subscription, m *wire.Message) bool {
 }
 
 func (l *listener) gap(s *subscription, from, to uint64) bool {
-	logging.RecordsMissed.On(l.agent.opts.Log).WithFields(logrus.Fields{"topic": s.topic, "from": from, "to": to}).Warn("the host no longer has records that this guest had not heard")
+	logging.RecordsMissed.On(l.agent.opts.Log).WithFields(logrus.Fields{"topic": s.topic, "from": from, "to": to}).Warn("there are records that this guest will not hear")
 	return true
 }

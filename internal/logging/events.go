@@ -51,7 +51,7 @@ const (
 	HostMoved             Event = "83e266fead9b4cf7921fd63cbe36a37a" // the host's address is another
 	MessagesLost          Event = "ab7ecfbfbc634cf3ad2057bef7583a5c" // what was kept for the host is lost
 	SubscriptionRefused   Event = "ec29c1820cc34efd8be09f87ae4ffdde" // the host refuses a configured subscription
-	RecordsMissed         Event = "f8caea83fcff470eacf412c54e39855b" // records had expired before this guest heard them
+	RecordsMissed         Event = "f8caea83fcff470eacf412c54e39855b" // there are records that this guest will not hear
 	StateSetAside         Event = "d590827523fc4410aa4cd0faf87f23e7" // what stood where castrad keeps a file was renamed
 	LimitReached          Event = "7d9c7dd5f5b04763bc422850f6b21327" // a limit was reached
 	RefusalsWithheld      Event = "c6be0166432a462385e451a389ef45ae" // more refusals than are logged one by one

@@ -133,6 +133,18 @@ func TestExplainRungs(t *testing.T) {
 			}, nil, rungSession, "", ExitUnreachable, "it is tried again by itself",
 		},
 		{
+			"in a guest whose disk is full", func(st *bus.Status, _ *bus.VM) {
+				st.Broker.Kind, st.Broker.SpoolDurable, st.Broker.SpoolReason = kindGuest, new(true), "disk full"
+			},
+			nil, rungStorage, rungRegistered, ExitUnreachable, "takes no messages while the host is away: disk full; is it full",
+		},
+		{
+			"in a guest without a disk", func(st *bus.Status, _ *bus.VM) {
+				st.Broker.Kind, st.Broker.SpoolReason = kindGuest, "in memory: spool_dir is empty"
+			},
+			nil, "", rungStorage, ExitDone, "",
+		},
+		{
 			"in a guest, refused", func(st *bus.Status, vm *bus.VM) {
 				st.Broker.Kind, st.Refused = kindGuest, []bus.Refused{{VM: "web1", Reason: "auth-required"}}
 				vm.Session, vm.Reachable, vm.LastHandshakeAgeMS = "", false, nil

@@ -6,8 +6,10 @@ import (
 	"flag"
 	"io"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"testing/fstest"
 	"time"
@@ -15,6 +17,10 @@ import (
 	"github.com/castrabus/castra/internal/bus"
 	"github.com/castrabus/castra/internal/dbusclient"
 )
+
+// The runtime's own goroutine for signals, which the first to be told of one starts, must
+// not be started in a bubble.
+func init() { signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE) }
 
 var update = flag.Bool("update", false, "write the golden files anew")
 

@@ -295,8 +295,8 @@ func (l *ladder) limits(vm *bus.VM) rung {
 func (l *ladder) storage(*bus.VM) rung {
 	b := &l.first.Broker
 	switch word, why, _ := strings.Cut(b.State, ": "); {
-	case l.guest() && b.SpoolCount > 0:
-		return rung{State: rungNote, What: fmt.Sprintf("%d messages (%d bytes) wait in this guest for the host", b.SpoolCount, b.SpoolBytes)}
+	case l.guest():
+		return spool(b)
 	case word == "degraded":
 		mend := "is the disk full, or does it not answer? df " + b.LogDir + "; castractl logs"
 		if len(b.Faults) > 0 {
@@ -305,6 +305,23 @@ func (l *ladder) storage(*bus.VM) rung {
 		return rung{State: rungBroken, What: "castrad is degraded: " + why, Mend: mend}
 	}
 	return rung{State: rungOK, What: "castrad stores what is published"}
+}
+
+// spool is the storage of a guest; the host's is the host's to judge.
+func spool(b *bus.Broker) rung {
+	durable := b.SpoolDurable != nil && *b.SpoolDurable
+	switch {
+	case durable && b.SpoolReason != "":
+		return rung{
+			State: rungBroken, What: "this guest's disk takes no messages while the host is away: " + b.SpoolReason,
+			Mend: "is it full, or does it fail? See: castractl logs, and df of spool_dir, which /etc/castra/guestd.toml may set",
+		}
+	case b.SpoolCount > 0:
+		return rung{State: rungNote, What: fmt.Sprintf("%d messages (%d bytes) wait in this guest for the host", b.SpoolCount, b.SpoolBytes)}
+	case b.SpoolReason != "":
+		return rung{State: rungNote, What: "while the host is away, messages are kept in this guest's memory alone: " + b.SpoolReason}
+	}
+	return rung{State: rungOK, What: "nothing waits in this guest for the host"}
 }
 
 // refusalOf finds what is known of a name that was turned away.

@@ -19,11 +19,11 @@ type Backoff struct {
 
 // New makes a Backoff whose pauses are at least lowest, which is above 0, and at
 // most highest.
-func New(lowest, highest time.Duration) *Backoff { return NewWith(lowest, highest, rand.Int64N) }
+func New(lowest, highest time.Duration) *Backoff { return newWith(lowest, highest, rand.Int64N) }
 
-// NewWith is New with a random source of the caller's, which gives a number from
+// newWith is New with a random source of the caller's, which gives a number from
 // [0, n).
-func NewWith(lowest, highest time.Duration, draw func(n int64) int64) *Backoff {
+func newWith(lowest, highest time.Duration, draw func(n int64) int64) *Backoff {
 	return &Backoff{min: lowest, max: max(lowest, highest), draw: draw}
 }
 

@@ -28,7 +28,7 @@ func TestPausesSpanFromTheLowestToADoublingCeiling(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			b := NewWith(tt.lowest*time.Second, tt.highest*time.Second, tt.draw)
+			b := newWith(tt.lowest*time.Second, tt.highest*time.Second, tt.draw)
 			for _, run := range []string{"fresh", "after Reset"} {
 				if got := seconds(b, len(tt.want)); !slices.Equal(got, tt.want) {
 					t.Errorf("%s: pauses of %d s, want %d", run, got, tt.want)

@@ -14,8 +14,7 @@ import (
 
 // WatchVMs returns a channel that has something to receive when a VM may have
 // changed since the last receive, and when the daemon came or went: look with
-// Describe then. It is never closed; Done tells of the bus's end. The watch ends
-// with ctx.
+// Describe then. It is never closed, and the watch ends with ctx.
 func (c *Client) WatchVMs(ctx context.Context) (<-chan struct{}, error) {
 	changes, remove := c.hub.add()
 	rules := [][]dbus.MatchOption{
@@ -35,9 +34,6 @@ func (c *Client) WatchVMs(ctx context.Context) (<-chan struct{}, error) {
 	context.AfterFunc(ctx, remove)
 	return changes, nil
 }
-
-// Done is closed when the client is closed or the message bus is lost.
-func (c *Client) Done() <-chan struct{} { return c.conn.Context().Done() }
 
 // hub tells watches that a signal came. It keeps no signals, since all a watch does
 // with one is look again; so one that does not receive costs nothing. godbus's own

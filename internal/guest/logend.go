@@ -7,6 +7,10 @@ import (
 	"github.com/castrabus/castra/internal/wire"
 )
 
+// sessionSubscriptions is how many a session may have by default (contract 2). Where all
+// are in use none is left to ask with, and castrad would say that the limit was reached.
+const sessionSubscriptions = 16
+
 // sound asks where the host's log ends, behind all that is subscribed to at the start
 // of a session. Call with the lock held.
 //
@@ -16,6 +20,9 @@ import (
 // and nobody would be told. The ack of a subscription to what is new says where the
 // log ends.
 func (t *table) sound() {
+	if len(t.all) >= sessionSubscriptions {
+		return
+	}
 	if i := slices.IndexFunc(t.all, func(s *subscription) bool { return s.state == subAsked && s.next > 0 }); i >= 0 {
 		t.enqueue(&subscription{topic: t.all[i].topic, sink: logEnd{t}})
 	}
@@ -28,7 +35,7 @@ func (e logEnd) begun(s *subscription) { e.t.sounded(s) }
 
 func (logEnd) suspended(*subscription) {}
 
-// refused, as where there are as many as a session may have: it is not known, then.
+// refused leaves open where the log ends.
 func (logEnd) refused(*subscription, *bus.Error) {}
 
 func (logEnd) deliver(*subscription, *wire.Message) bool { return true }

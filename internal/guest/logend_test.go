@@ -97,6 +97,14 @@ func TestTableThatIsFull(t *testing.T) {
 	tab.deliver(delivery("s3", 51))
 	wantLines(t, tab)
 	a.sink.(*recorder).want(t, "begun", "50", "suspended", "begun", "51")
+	for range sessionSubscriptions - 2 {
+		_, _ = tab.add(&subscription{topic: "c", sink: &recorder{}})
+	}
+	tab.end()
+	tab.begin()
+	if n := len(sent(t, tab)); n != sessionSubscriptions {
+		t.Errorf("%d subscriptions are asked for", n)
+	}
 }
 
 // TestHostWithALogBegunAnew takes the host's log away while the guest runs: what is

@@ -128,7 +128,7 @@ func (d *daemon) run() error {
 	case <-time.After(busPatience):
 	}
 	logging.GuestReady.On(d.log).WithFields(logrus.Fields{"name": id.name, "address": id.address, "socket": d.socket, "keyed": id.key != nil}).Info("castra-guestd is ready")
-	d.notify("READY=1")
+	d.notify(sdnotify.Ready)
 	rest.Go(func() { d.keepStatus(serving) })
 	if interval, ok := sdnotify.WatchdogInterval(); ok {
 		rest.Go(func() {
@@ -141,7 +141,7 @@ func (d *daemon) run() error {
 		}
 		d.reload()
 	}
-	d.notify("STOPPING=1")
+	d.notify(sdnotify.Stopping)
 	stopWork()
 	agent.Wait()
 	stopServing()
@@ -262,7 +262,7 @@ func (d *daemon) reload() {
 	} else {
 		logging.ConfigurationRead.On(d.log).Info("the configuration was read again")
 	}
-	d.notify("READY=1")
+	d.notify(sdnotify.Ready)
 }
 
 func (d *daemon) reconfigure() error {

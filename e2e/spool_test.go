@@ -270,6 +270,47 @@ func TestSpoolFull(t *testing.T) {
 	}
 }
 
+// A spool that fills its disk gives it back once the host has everything.
+func TestSpoolFillsItsDisk(t *testing.T) {
+	l := newLab(t)
+	l.loadedConfig("")
+	if err := os.Mkdir(l.path("small"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	l.mount("small", "-t", "tmpfs", "-o", "size=600k,mode=777", "none")
+	g := l.spooling("guest0", "small", "spool_size = \"1MiB\"")
+	var kept []string
+	for i := 0; ; i++ {
+		a := g.publish("fill", fmt.Sprint(i), strings.Repeat("x", 4000))
+		if a.Status != "ok" {
+			if a.Code != "storage-full" {
+				t.Fatalf("%+v", a)
+			}
+			break
+		}
+		kept = append(kept, fmt.Sprint(i))
+	}
+	if reason := g.status().Broker.SpoolReason; reason != "disk full" {
+		t.Fatalf("the disk is not full: %q", reason)
+	}
+	l.startCastrad("castrad")
+	l.answers()
+	g.drained()
+	l.until("the spool is on disk again", func() error {
+		files, err := filepath.Glob(l.path("small/guest0/*.jsonl"))
+		if err == nil && len(files) > 1 {
+			err = fmt.Errorf("released, and still there: %q", files)
+		}
+		if reason := g.status().Broker.SpoolReason; err == nil && reason != "" {
+			err = errors.New(reason)
+		}
+		return err
+	})
+	if got := l.stored("guest0"); fmt.Sprint(got) != fmt.Sprint(kept) {
+		t.Errorf("the host has %q, want %q", got, kept)
+	}
+}
+
 // What another VM's castra-guestd left on the disk is not sent under this one's name,
 // nor lost: it goes when the name comes back.
 func TestSpoolOfAnotherVM(t *testing.T) {

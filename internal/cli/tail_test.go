@@ -349,6 +349,38 @@ func TestTailCursorIsAFile(t *testing.T) {
 	}
 }
 
+// In a guest, whose daemon does not know where the host's log ends, a cursor past its end
+// is found by what there is to show.
+func TestTailCursorInGuest(t *testing.T) {
+	cursor := filepath.Join(t.TempDir(), "cursor")
+	for name, tt := range map[string]struct {
+		newest string
+		from   uint64
+	}{
+		"the same log":  {record(70, "1"), 51},
+		"another log":   {record(7, "1"), 8},
+		"no record":     {"", 51},
+		"no host":       {`{"type":"error","code":"not-connected","reason":"x"}` + "\n", 51},
+		"a gap at most": {gap, 51},
+	} {
+		if err := os.WriteFile(cursor, []byte("50\n"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		var asked []bus.TailRequest
+		c := streams(&asked, nil, tt.newest, "")
+		status := c.status
+		c.status = func(names []string) (bus.Status, error) {
+			st, err := status(names)
+			st.Broker.Kind, st.Broker.HeadSeq = kindGuest, 0
+			return st, err
+		}
+		run(t, c, []string{"bus", "tail", "--no-follow", "--cursor-file", cursor, "--topic", "a.>"})
+		if len(asked) != 2 || asked[0].Lines != 1 || asked[0].Topics[0] != "a.>" || asked[1].From != tt.from {
+			t.Errorf("%s: asked for %+v, want from %d", name, asked, tt.from)
+		}
+	}
+}
+
 // While following, the cursor is noted within a second of what was shown.
 func TestTailCursorWhileFollowing(t *testing.T) {
 	cursor := filepath.Join(t.TempDir(), "cursor")

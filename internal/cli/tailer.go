@@ -79,14 +79,39 @@ func (t *tailer) goOnAfter(ctx context.Context, seq uint64, says string) error {
 	if err != nil {
 		return err
 	}
-	if head := b.HeadSeq; b.Kind != kindGuest && seq > head {
+	newest, known := b.HeadSeq, true
+	if b.Kind == kindGuest {
+		newest, known = t.newestInGuest(ctx)
+	}
+	if known && seq > newest {
 		// The log was restored or begun anew. Waiting for that number to come round
 		// would hide every record until then.
-		t.f.note("%s record %d, but the newest is %d: going on with what is new", says, seq, head)
-		seq = head
+		t.f.note("%s record %d, but the newest is %d: going on with what is new", says, seq, newest)
+		seq = newest
 	}
 	t.beginAfter(seq)
 	return nil
+}
+
+// newestInGuest gives the number of the newest record on the tail's topics, where there
+// is one: castra-guestd itself knows what it was sent, and not where the host's log ends.
+func (t *tailer) newestInGuest(ctx context.Context) (seq uint64, known bool) {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	client, err := t.f.Client(ctx, t.start)
+	if err != nil {
+		return 0, false
+	}
+	records, err := client.Tail(ctx, bus.TailRequest{Topics: t.req.Topics, Lines: 1})
+	if err != nil {
+		return 0, false
+	}
+	defer records.Close()
+	var e entry
+	if json.NewDecoder(records).Decode(&e) != nil || e.Type != "" {
+		return 0, false // none, or the host is away
+	}
+	return e.Seq, true
 }
 
 // pin gives a tail of what is new the number that it begins with: should castrad be

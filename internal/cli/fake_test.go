@@ -6,10 +6,8 @@ import (
 	"flag"
 	"io"
 	"os"
-	"os/signal"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
 	"testing/fstest"
 	"time"
@@ -17,10 +15,6 @@ import (
 	"github.com/castrabus/castra/internal/bus"
 	"github.com/castrabus/castra/internal/dbusclient"
 )
-
-// The runtime's own goroutine for signals, which the first to be told of one starts, must
-// not be started in a bubble.
-func init() { signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE) }
 
 var update = flag.Bool("update", false, "write the golden files anew")
 

@@ -26,6 +26,9 @@ import (
 )
 
 func TestMain(m *testing.M) {
+	// The runtime's own goroutine for signals, which the first to be told of one starts,
+	// must not be started in a bubble.
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
 	testscript.Main(m, map[string]func(){
 		"castractl":    func() { os.Exit(Main(os.Args[1:], "0.1.0")) },
 		"fake-castrad": fakeCastrad,

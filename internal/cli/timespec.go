@@ -119,7 +119,7 @@ func parseMoment(s string, now time.Time) (time.Time, error) {
 	}
 	if sec, ok := strings.CutPrefix(s, "@"); ok {
 		n, err := strconv.ParseFloat(sec, 64)
-		if err != nil || math.Abs(n) > math.MaxInt32*1000 {
+		if err != nil || math.IsNaN(n) || math.Abs(n) > math.MaxInt32*1000 {
 			return time.Time{}, errMoment
 		}
 		whole, frac := math.Modf(n)

@@ -76,7 +76,7 @@ func TestParseMoment(t *testing.T) {
 			t.Errorf("parseMoment(%q) = %v, %v; want %v", text, got.Format(time.RFC3339Nano), err, want)
 		}
 	}
-	for _, text := range []string{"", "soon", "5min", "-", "+", " ago", "-5parsec", "2026-13-01", "2026-02-30", "25:00", "@", "@x", "@1e300", "--5min", "2026-02-03 04", "today 5:00", "Tue", "Tue now", "2026-02-03 PST", "2026-02-03 Local", "2026-02-03 ../UTC", " UTC"} {
+	for _, text := range []string{"", "soon", "5min", "-", "+", " ago", "-5parsec", "2026-13-01", "2026-02-30", "25:00", "@", "@x", "@nan", "@1e300", "--5min", "2026-02-03 04", "today 5:00", "Tue", "Tue now", "2026-02-03 PST", "2026-02-03 Local", "2026-02-03 ../UTC", " UTC"} {
 		if got, err := parseMoment(text, now); err == nil {
 			t.Errorf("parseMoment(%q) = %v, want an error", text, got)
 		}

@@ -203,11 +203,19 @@ func TestExplainRungs(t *testing.T) {
 // Why castrad does not answer decides what is broken; what is no absence is an error.
 func TestExplainWithoutCastrad(t *testing.T) {
 	for absence, code := range map[dbusclient.Absence]int{
-		dbusclient.Idle: ExitUnreachable, dbusclient.Starting: ExitNoCastrad, dbusclient.Failed: ExitNoCastrad, dbusclient.Stopped: ExitNoCastrad,
+		dbusclient.Idle: ExitUnreachable, dbusclient.Starting: ExitNoCastrad, dbusclient.Failing: ExitNoCastrad,
+		dbusclient.Failed: ExitNoCastrad, dbusclient.Stopped: ExitNoCastrad,
 	} {
 		c := &fakeClient{absence: absence, status: func([]string) (bus.Status, error) { return bus.Status{}, dbusclient.ErrNotRunning }}
 		if r := run(t, c, []string{"explain", "web1"}); r.code != code || !strings.Contains(r.out, "broken") {
 			t.Errorf("%s: exit code %d, want %d: %s", absence, r.code, code, r.out)
+		}
+		if absence == dbusclient.Idle {
+			continue
+		}
+		r := run(t, c, []string{"explain", "web1"}, func(f *Factory) { f.Daemon = dbusclient.GuestDaemon })
+		if r.code != code || !strings.Contains(r.out, "listener    broken       castra-guestd ") || strings.Contains(r.out, "castrad.socket") {
+			t.Errorf("in a guest, %s: exit code %d, want %d: %s", absence, r.code, code, r.out)
 		}
 	}
 	c := &fakeClient{status: func([]string) (bus.Status, error) { return bus.Status{}, errors.New("out of luck") }}

@@ -57,6 +57,7 @@ const (
 type Factory struct {
 	IO      Streams
 	Version string // this build's
+	Daemon  string // this machine's, for errors that say what to start; empty: castrad
 
 	// Dial reaches the message bus; it does not fail for lack of a daemon behind it.
 	Dial func(ctx context.Context, start Start) (Client, error)
@@ -78,20 +79,21 @@ func NewFactory(version string) *Factory {
 	f := &Factory{
 		IO:      ProcessStreams(),
 		Version: version,
+		Daemon:  daemonHere(),
 		Now:     time.Now,
 		Proc:    os.DirFS("/proc"),
 		Exec:    syscall.Exec,
 	}
 	f.Dial = func(ctx context.Context, start Start) (Client, error) {
-		return dbusclient.Dial(ctx, dbusclient.Options{Start: bool(start), Interactive: f.IO.Interactive, Daemon: daemonHere()})
+		return dbusclient.Dial(ctx, dbusclient.Options{Start: bool(start), Interactive: f.IO.Interactive, Daemon: f.Daemon})
 	}
 	return f
 }
 
-// daemonHere names the daemon of this machine, for errors that say what to start:
-// castrad, unless only a guest's is installed.
+// daemonHere names the daemon of this machine: castrad, unless only a guest's is
+// installed.
 func daemonHere() string {
-	const host, guest = "castrad", "castra-guestd"
+	const host, guest = dbusclient.HostDaemon, dbusclient.GuestDaemon
 	installed := func(unit string) bool {
 		for _, dir := range []string{"/etc/systemd/system/", "/run/systemd/system/", "/usr/local/lib/systemd/system/", "/usr/lib/systemd/system/"} {
 			if _, err := os.Stat(dir + unit + ".service"); err == nil {

@@ -53,12 +53,15 @@ type rung struct {
 // ladder is what the rungs are judged by.
 type ladder struct {
 	name          string
+	daemon        string             // whose answer it is
 	absence       dbusclient.Absence // "": the daemon answered
 	first, second bus.Status         // two looks, a moment apart where the VM lags
 	open          map[socketPort]bool
 }
 
-func (l *ladder) guest() bool { return l.first.Broker.Kind == kindGuest }
+func (l *ladder) guest() bool {
+	return l.daemon == dbusclient.GuestDaemon || l.first.Broker.Kind == kindGuest
+}
 
 // rungs judges all rungs. Those below a broken one of which nothing can be known are
 // not reached.
@@ -100,10 +103,10 @@ func (l *ladder) rungs() []rung {
 func (l *ladder) registered(vm *bus.VM) rung {
 	refused := refusalOf(&l.first, l.name)
 	switch {
-	case l.absence != "":
-		return rung{State: rungNotReached, What: "castrad is not running, and it alone knows"}
 	case l.guest():
 		return rung{State: rungNote, What: "the host alone knows; there: castractl explain " + l.name}
+	case l.absence != "":
+		return rung{State: rungNotReached, What: "castrad is not running, and it alone knows"}
 	case vm.Registered && vm.Keyed:
 		return rung{State: rungOK, What: "with a key"}
 	case vm.Registered:
@@ -120,16 +123,21 @@ func (l *ladder) registered(vm *bus.VM) rung {
 }
 
 func (l *ladder) listener(*bus.VM) rung {
-	const start = "systemctl start castrad.socket"
+	start, stopped := "systemctl start castrad.socket", "castrad is not running, and its socket does not listen"
+	if l.guest() {
+		start, stopped = "systemctl start "+l.daemon, l.daemon+" is not running"
+	}
 	switch l.absence {
 	case dbusclient.Idle:
 		return rung{State: rungOK, What: "castrad's socket; the first guest to connect starts castrad"}
 	case dbusclient.Starting:
-		return rung{State: rungBroken, What: "castrad is starting", Mend: "ask again in a moment; see what it does: castractl logs -f"}
+		return rung{State: rungBroken, What: l.daemon + " is starting", Mend: "ask again in a moment; see what it does: castractl logs -f"}
+	case dbusclient.Failing:
+		return rung{State: rungBroken, What: l.daemon + " fails to start, and is tried again", Mend: "see why: castractl logs -n 20"}
 	case dbusclient.Failed:
-		return rung{State: rungBroken, What: "castrad has failed", Mend: "see why: castractl logs; then: " + start}
+		return rung{State: rungBroken, What: l.daemon + " has failed", Mend: "see why: castractl logs; then: " + start}
 	case dbusclient.Stopped:
-		return rung{State: rungBroken, What: "castrad is not running, and its socket does not listen", Mend: start}
+		return rung{State: rungBroken, What: stopped, Mend: start}
 	}
 	listen := l.first.Broker.Listen
 	where := strings.Join(listen, ", ")

@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -106,16 +107,19 @@ func (f *Factory) absence(ctx context.Context, err error) dbusclient.Absence {
 	return client.Absence(ctx)
 }
 
-// absent says what castrad's absence means for a command that needs its answer and
+// absent says what the daemon's absence means for a command that needs its answer and
 // may not start it. Other errors stay as they are.
 func (f *Factory) absent(ctx context.Context, err error) error {
+	d := cmp.Or(f.Daemon, dbusclient.HostDaemon)
 	switch f.absence(ctx, err) {
 	case dbusclient.Idle:
-		return exitf(ExitNoCastrad, "castrad is idle, nobody has connected to its socket yet; start it: systemctl start castrad")
+		return exitf(ExitNoCastrad, "%s is idle, nobody has connected to its socket yet; start it: systemctl start %s", d, d)
 	case dbusclient.Starting:
-		return exitf(ExitNoCastrad, "castrad is starting; try again in a moment, or see what it does: castractl logs -f")
+		return exitf(ExitNoCastrad, "%s is starting; try again in a moment, or see what it does: castractl logs -f", d)
+	case dbusclient.Failing:
+		return exitf(ExitNoCastrad, "%s fails to start, and is tried again; see why: castractl logs -n 20", d)
 	case dbusclient.Failed:
-		return exitf(ExitNoCastrad, "castrad has failed; see why: castractl logs, and start it again: systemctl start castrad")
+		return exitf(ExitNoCastrad, "%s has failed; see why: castractl logs, and start it again: systemctl start %s", d, d)
 	}
 	return err
 }

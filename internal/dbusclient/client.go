@@ -22,6 +22,12 @@ const (
 	manager = "org.castra.Bus1.Manager"
 )
 
+// The units of the two daemons, without .service.
+const (
+	HostDaemon  = "castrad"
+	GuestDaemon = "castra-guestd"
+)
+
 // Options says how the daemon is reached.
 type Options struct {
 	// Address is a D-Bus server address. Empty: $DBUS_SYSTEM_BUS_ADDRESS, or the
@@ -55,7 +61,7 @@ func Dial(ctx context.Context, opts Options) (*Client, error) {
 		opts.Address = "unix:path=/run/dbus/system_bus_socket"
 	}
 	if opts.Daemon == "" {
-		opts.Daemon = "castrad"
+		opts.Daemon = HostDaemon
 	}
 	// The connection's context ends the connection, so it is its own, and ends
 	// with ctx only until the connection is there: godbus's handshake has no
@@ -250,25 +256,32 @@ const (
 	Stopped  Absence = "stopped" // or systemd cannot be asked
 	Idle     Absence = "idle"    // systemd listens in its place, to start it when a guest connects
 	Starting Absence = "starting"
+	Failing  Absence = "failing" // it has failed to start, and systemd tries again and again
 	Failed   Absence = "failed"
 )
 
 // Absence asks systemd why the daemon does not answer.
 func (c *Client) Absence(ctx context.Context) Absence {
-	switch c.activeState(ctx, c.opts.Daemon+".service") {
+	service := c.opts.Daemon + ".service"
+	switch c.state(ctx, service, "ActiveState") {
 	case "activating":
+		if c.state(ctx, service, "SubState") == "auto-restart" {
+			return Failing
+		}
 		return Starting
 	case "failed":
 		return Failed
 	case "inactive":
-		if c.activeState(ctx, c.opts.Daemon+".socket") == "active" {
+		// A guest's socket waits for programs: without its daemon the VM is not on the bus.
+		if c.opts.Daemon == HostDaemon && c.state(ctx, HostDaemon+".socket", "ActiveState") == "active" {
 			return Idle
 		}
 	}
 	return Stopped
 }
 
-func (c *Client) activeState(ctx context.Context, unit string) (state string) {
+// state gives what a property of a unit says of it; "" where systemd cannot be asked.
+func (c *Client) state(ctx context.Context, unit, property string) (state string) {
 	const name, iface = "org.freedesktop.systemd1", "org.freedesktop.systemd1.Unit"
 	var path dbus.ObjectPath
 	systemd := c.conn.Object(name, "/org/freedesktop/systemd1")
@@ -277,7 +290,7 @@ func (c *Client) activeState(ctx context.Context, unit string) (state string) {
 		return ""
 	}
 	var v dbus.Variant
-	if c.conn.Object(name, path).CallWithContext(ctx, "org.freedesktop.DBus.Properties.Get", dbus.FlagNoAutoStart, iface, "ActiveState").Store(&v) != nil {
+	if c.conn.Object(name, path).CallWithContext(ctx, "org.freedesktop.DBus.Properties.Get", dbus.FlagNoAutoStart, iface, property).Store(&v) != nil {
 		return ""
 	}
 	state, _ = v.Value().(string)

@@ -289,10 +289,15 @@ func (u unit) LoadUnit(name string) (dbus.ObjectPath, *dbus.Error) {
 	return dbus.ObjectPath("/unit/" + strings.NewReplacer(".", "_2e", "-", "_2d").Replace(name)), nil
 }
 
+// unitState is an ActiveState, and behind a blank the SubState.
 type unitState string
 
 func (s unitState) Get(iface, name string) (dbus.Variant, *dbus.Error) {
-	return dbus.MakeVariant(string(s)), nil
+	state, sub, _ := strings.Cut(string(s), " ")
+	if name == "SubState" {
+		state = sub
+	}
+	return dbus.MakeVariant(state), nil
 }
 
 func TestAbsence(t *testing.T) {
@@ -302,7 +307,8 @@ func TestAbsence(t *testing.T) {
 	}{
 		{"active", "inactive", dbusclient.Idle},
 		{"active", "active", dbusclient.Stopped},
-		{"active", "activating", dbusclient.Starting},
+		{"active", "activating start", dbusclient.Starting},
+		{"active", "activating auto-restart", dbusclient.Failing},
 		{"inactive", "inactive", dbusclient.Stopped},
 		{"failed", "inactive", dbusclient.Stopped},
 		{"failed", "failed", dbusclient.Failed},
@@ -313,7 +319,7 @@ func TestAbsence(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer conn.Close()
-		u := unit{map[string]string{"castrad.socket": tt.socket, "castrad.service": tt.service}}
+		u := unit{map[string]string{"castrad.socket": tt.socket, "castrad.service": tt.service, "castra-guestd.socket": tt.socket, "castra-guestd.service": tt.service}}
 		if err := conn.Export(u, "/org/freedesktop/systemd1", "org.freedesktop.systemd1.Manager"); err != nil {
 			t.Fatal(err)
 		}
@@ -333,7 +339,13 @@ func TestAbsence(t *testing.T) {
 		if got := c.Absence(t.Context()); got != tt.want {
 			t.Errorf("%+v: %s", tt, got)
 		}
-		if got := dial(t, dbusclient.Options{Address: address, Daemon: "castra-guestd"}).Absence(t.Context()); got != dbusclient.Stopped {
+		if tt.want == dbusclient.Idle {
+			tt.want = dbusclient.Stopped // a guest's is never idle
+		}
+		if got := dial(t, dbusclient.Options{Address: address, Daemon: dbusclient.GuestDaemon}).Absence(t.Context()); got != tt.want {
+			t.Errorf("in a guest, %+v: %s", tt, got)
+		}
+		if got := dial(t, dbusclient.Options{Address: address, Daemon: "other"}).Absence(t.Context()); got != dbusclient.Stopped {
 			t.Errorf("a daemon without units is %s", got)
 		}
 	}

@@ -150,11 +150,31 @@ func unknownCommand(cmd *cobra.Command, args []string) error {
 	if len(args) == 0 {
 		return nil
 	}
-	cmd.SuggestionsMinimumDistance = 2 // letters; cobra sets it only where it prints suggestions itself
-	if near := cmd.SuggestionsFor(args[0]); len(near) > 0 {
+	// Letters; cobra sets it only where it prints suggestions itself. Of a word as short
+	// as "ls" two are nearly all.
+	cmd.SuggestionsMinimumDistance = min(2, len(args[0])-2)
+	near := cmd.SuggestionsFor(args[0])
+	if path := elsewhere(cmd.Root(), args[0]); path != "" {
+		near = []string{path}
+	}
+	if len(near) > 0 {
 		return fmt.Errorf("unknown command %q; did you mean %q?", args[0], near[0])
 	}
 	return fmt.Errorf("unknown command %q", args[0])
+}
+
+// elsewhere finds a command of that very name under another one: "castractl tail" is
+// meant as "castractl bus tail".
+func elsewhere(cmd *cobra.Command, name string) (path string) {
+	for _, sub := range cmd.Commands() {
+		if sub.Name() == name {
+			return sub.CommandPath()
+		}
+		if path = elsewhere(sub, name); path != "" {
+			return path
+		}
+	}
+	return ""
 }
 
 // vmArgs is the argument check of a command that takes between least and most VM

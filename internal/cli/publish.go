@@ -120,6 +120,9 @@ func (f *Factory) runPublish(cmd *cobra.Command, o *publishOptions, source strin
 	if err != nil {
 		return err
 	}
+	if o.vm == "" {
+		o.vm, _ = wire.TopicVM(req.Topic)
+	}
 	if o.lines {
 		known := false
 		return eachPayload(cmd, source, func(payload []byte) error {

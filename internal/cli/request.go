@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/castrabus/castra/internal/bus"
+	"github.com/castrabus/castra/internal/wire"
 )
 
 type requestOptions struct {
@@ -66,6 +67,9 @@ stored all the same, and may still be answered), 4 when the VM is not known.`,
 			req, err := o.request(cmd)
 			if err != nil {
 				return err
+			}
+			if o.vm == "" {
+				o.vm, _ = wire.TopicVM(req.Topic)
 			}
 			if req.Payload, err = readPayload(cmd, source); err != nil {
 				return err

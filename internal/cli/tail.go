@@ -179,6 +179,13 @@ func (f *Factory) runTail(ctx context.Context, o *tailOptions, req bus.TailReque
 	ctx, release := endWithReader(ctx, f.IO.Out)
 	defer release()
 
+	if req.VM != "" && req.VM != bus.HostVM {
+		// One that was removed may have left records, so it is no error; but a slip of the
+		// hand would be silence for ever.
+		if st, err := f.status(ctx, Start(req.Follow), []string{req.VM}); err == nil && knows(&st, req.VM) != nil {
+			f.note("no VM is named %s; what the record has of that name is shown", req.VM)
+		}
+	}
 	t := &tailer{f: f, req: req, start: Start(req.Follow), floor: o.floor}
 	show := func(ctx context.Context) error { return t.show(ctx, o.format) }
 	var err error

@@ -23,8 +23,9 @@ name. Name and key reach the guest through QEMU's arguments.`,
 func newVMRemoveCmd(f *Factory) *cobra.Command {
 	var asJSON bool
 	cmd := &cobra.Command{
-		Use:   "remove NAME",
-		Short: "Take a VM's registration and key away",
+		Use:        "remove NAME",
+		SuggestFor: []string{"rm", "del", "delete"},
+		Short:      "Take a VM's registration and key away",
 		Long: `Take a VM's registration and key away. Its session ends at once, and it is
 turned away when it comes back; its records stay until they expire.
 
@@ -56,8 +57,9 @@ Exit codes: 0 done, 4 no such VM, 5 castrad is not to be had.`,
 func newVMListCmd(f *Factory) *cobra.Command {
 	var asJSON bool
 	cmd := &cobra.Command{
-		Use:   "list",
-		Short: "List the VMs that castrad knows",
+		Use:        "list",
+		SuggestFor: []string{"ls"},
+		Short:      "List the VMs that castrad knows",
 		Long: `List the VMs that are registered, and those that were let in unregistered.
 castrad is not started for this.
 

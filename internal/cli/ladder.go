@@ -133,7 +133,7 @@ func (l *ladder) listener(*bus.VM) rung {
 	case dbusclient.Starting:
 		return rung{State: rungBroken, What: l.daemon + " is starting", Mend: "ask again in a moment; see what it does: castractl logs -f"}
 	case dbusclient.Failing:
-		return rung{State: rungBroken, What: l.daemon + " fails to start, and is tried again", Mend: "see why: castractl logs -n 20"}
+		return rung{State: rungBroken, What: l.daemon + " has failed, and is started again", Mend: "see why: castractl logs -n 20"}
 	case dbusclient.Failed:
 		return rung{State: rungBroken, What: l.daemon + " has failed", Mend: "see why: castractl logs; then: " + start}
 	case dbusclient.Stopped:

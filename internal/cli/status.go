@@ -117,7 +117,7 @@ func (f *Factory) absent(ctx context.Context, err error) error {
 	case dbusclient.Starting:
 		return exitf(ExitNoCastrad, "%s is starting; try again in a moment, or see what it does: castractl logs -f", d)
 	case dbusclient.Failing:
-		return exitf(ExitNoCastrad, "%s fails to start, and is tried again; see why: castractl logs -n 20", d)
+		return exitf(ExitNoCastrad, "%s has failed, and is started again; see why: castractl logs -n 20", d)
 	case dbusclient.Failed:
 		return exitf(ExitNoCastrad, "%s has failed; see why: castractl logs, and start it again: systemctl start %s", d, d)
 	}

@@ -122,9 +122,9 @@ func TestStatusWithoutCastrad(t *testing.T) {
 	run(t, gone(dbusclient.Idle), []string{"status", "web1"}).want(t, ExitUnreachable, "castrad is idle", "not reachable: web1")
 	run(t, gone(dbusclient.Stopped), []string{"status"}).want(t, ExitNoCastrad, "", "daemon not running")
 	run(t, gone(dbusclient.Stopped), []string{"status", "--json"}).want(t, ExitNoCastrad, "", "daemon not running")
-	run(t, gone(dbusclient.Failing), []string{"status"}).want(t, ExitNoCastrad, "", "castrad fails to start, and is tried again; see why: castractl logs -n 20")
+	run(t, gone(dbusclient.Failing), []string{"status"}).want(t, ExitNoCastrad, "", "castrad has failed, and is started again; see why: castractl logs -n 20")
 	guest := func(f *Factory) { f.Daemon = dbusclient.GuestDaemon }
-	run(t, gone(dbusclient.Failing), []string{"status"}, guest).want(t, ExitNoCastrad, "", "castra-guestd fails to start")
+	run(t, gone(dbusclient.Failing), []string{"status"}, guest).want(t, ExitNoCastrad, "", "castra-guestd has failed, and is started again")
 	run(t, gone(dbusclient.Starting), []string{"status"}, guest).want(t, ExitNoCastrad, "", "castra-guestd is starting")
 	run(t, gone(dbusclient.Failed), []string{"status"}, guest).want(t, ExitNoCastrad, "", "systemctl start castra-guestd")
 	run(t, gone(dbusclient.Idle), []string{"vm", "list"}).want(t, ExitNoCastrad, "", "castrad is idle")

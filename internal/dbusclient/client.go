@@ -256,16 +256,16 @@ const (
 	Stopped  Absence = "stopped" // or systemd cannot be asked
 	Idle     Absence = "idle"    // systemd listens in its place, to start it when a guest connects
 	Starting Absence = "starting"
-	Failing  Absence = "failing" // it has failed to start, and systemd tries again and again
+	Failing  Absence = "failing" // systemd starts it again, since it has failed
 	Failed   Absence = "failed"
 )
 
 // Absence asks systemd why the daemon does not answer.
 func (c *Client) Absence(ctx context.Context) Absence {
 	service := c.opts.Daemon + ".service"
-	switch c.state(ctx, service, "ActiveState") {
+	switch c.state(ctx, service) {
 	case "activating":
-		if c.state(ctx, service, "SubState") == "auto-restart" {
+		if n, _ := c.unit(ctx, service, "Service", "NRestarts").(uint32); n > 0 {
 			return Failing
 		}
 		return Starting
@@ -273,26 +273,31 @@ func (c *Client) Absence(ctx context.Context) Absence {
 		return Failed
 	case "inactive":
 		// A guest's socket waits for programs: without its daemon the VM is not on the bus.
-		if c.opts.Daemon == HostDaemon && c.state(ctx, HostDaemon+".socket", "ActiveState") == "active" {
+		if c.opts.Daemon == HostDaemon && c.state(ctx, HostDaemon+".socket") == "active" {
 			return Idle
 		}
 	}
 	return Stopped
 }
 
-// state gives what a property of a unit says of it; "" where systemd cannot be asked.
-func (c *Client) state(ctx context.Context, unit, property string) (state string) {
-	const name, iface = "org.freedesktop.systemd1", "org.freedesktop.systemd1.Unit"
+// state is whether a unit is active; "" where systemd cannot be asked.
+func (c *Client) state(ctx context.Context, unit string) string {
+	state, _ := c.unit(ctx, unit, "Unit", "ActiveState").(string)
+	return state
+}
+
+// unit gives a property of a unit; nil where systemd cannot be asked.
+func (c *Client) unit(ctx context.Context, unit, iface, property string) any {
+	const name = "org.freedesktop.systemd1"
 	var path dbus.ObjectPath
 	systemd := c.conn.Object(name, "/org/freedesktop/systemd1")
 	// LoadUnit, since GetUnit knows no unit that is inactive.
 	if systemd.CallWithContext(ctx, name+".Manager.LoadUnit", dbus.FlagNoAutoStart, unit).Store(&path) != nil {
-		return ""
+		return nil
 	}
 	var v dbus.Variant
-	if c.conn.Object(name, path).CallWithContext(ctx, "org.freedesktop.DBus.Properties.Get", dbus.FlagNoAutoStart, iface, property).Store(&v) != nil {
-		return ""
+	if c.conn.Object(name, path).CallWithContext(ctx, "org.freedesktop.DBus.Properties.Get", dbus.FlagNoAutoStart, name+"."+iface, property).Store(&v) != nil {
+		return nil
 	}
-	state, _ = v.Value().(string)
-	return state
+	return v.Value()
 }

@@ -289,13 +289,16 @@ func (u unit) LoadUnit(name string) (dbus.ObjectPath, *dbus.Error) {
 	return dbus.ObjectPath("/unit/" + strings.NewReplacer(".", "_2e", "-", "_2d").Replace(name)), nil
 }
 
-// unitState is an ActiveState, and behind a blank the SubState.
+// unitState is an ActiveState, of a service with "again" behind it that of one that systemd has started again.
 type unitState string
 
-func (s unitState) Get(iface, name string) (dbus.Variant, *dbus.Error) {
-	state, sub, _ := strings.Cut(string(s), " ")
-	if name == "SubState" {
-		state = sub
+func (s unitState) Get(_, name string) (dbus.Variant, *dbus.Error) {
+	state, again := strings.CutSuffix(string(s), " again")
+	if name == "NRestarts" {
+		if again {
+			return dbus.MakeVariant(uint32(3)), nil
+		}
+		return dbus.MakeVariant(uint32(0)), nil
 	}
 	return dbus.MakeVariant(state), nil
 }
@@ -307,8 +310,8 @@ func TestAbsence(t *testing.T) {
 	}{
 		{"active", "inactive", dbusclient.Idle},
 		{"active", "active", dbusclient.Stopped},
-		{"active", "activating start", dbusclient.Starting},
-		{"active", "activating auto-restart", dbusclient.Failing},
+		{"active", "activating", dbusclient.Starting},
+		{"active", "activating again", dbusclient.Failing},
 		{"inactive", "inactive", dbusclient.Stopped},
 		{"failed", "inactive", dbusclient.Stopped},
 		{"failed", "failed", dbusclient.Failed},

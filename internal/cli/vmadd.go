@@ -110,7 +110,7 @@ func (f *Factory) addVM(ctx context.Context, o *addOptions, name string) (handov
 		}
 		if vm := findVM(&st, name); vm != nil && vm.Registered {
 			f.note("%s is registered already", name)
-			return existing(vm, o.keyOut), nil
+			return f.existing(vm, o.keyOut), nil
 		}
 	}
 	var file *keyFile
@@ -133,7 +133,7 @@ func (f *Factory) addVM(ctx context.Context, o *addOptions, name string) (handov
 	}
 	switch {
 	case !created: // somebody else was faster, and --if-missing is content with that
-		return existing(&bus.VM{VM: name, Keyed: !o.noKey}, o.keyOut), nil
+		return f.existing(&bus.VM{VM: name, Keyed: !o.noKey}, o.keyOut), nil
 	case file == nil:
 		f.note("%s is registered, without a key, and let in when it comes; start QEMU with this (libvirt: vm add --help), then: castractl wait %s", name, name)
 	default:

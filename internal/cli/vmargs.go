@@ -21,11 +21,16 @@ type handover struct {
 }
 
 // existing is the handover of a VM that was registered before; castrad does not
-// know where its key file is, so the caller's word or the default stands.
-func existing(vm *bus.VM, keyOut string) handover {
+// know where its key file is, so the caller's word or the default stands. Where there
+// is none QEMU will not start, which is said here with what mends it.
+func (f *Factory) existing(vm *bus.VM, keyOut string) handover {
 	h := handover{VM: vm.VM}
-	if vm.Keyed {
-		h.KeyFile = keyPath(vm.VM, keyOut)
+	if !vm.Keyed {
+		return h
+	}
+	h.KeyFile = keyPath(vm.VM, keyOut)
+	if _, err := os.Stat(h.KeyFile); errors.Is(err, os.ErrNotExist) {
+		f.note("%s is not here; say where it is with --key-out, or make a new key: castractl vm rekey %s", h.KeyFile, h.VM)
 	}
 	return h
 }
@@ -108,12 +113,7 @@ Exit codes: 0 done, 4 no such VM, 5 castrad is not to be had.`,
 			if err != nil {
 				return err
 			}
-			h := existing(findVM(&st, args[0]), keyOut)
-			if h.KeyFile != "" {
-				if _, err := os.Stat(h.KeyFile); errors.Is(err, os.ErrNotExist) {
-					f.note("%s is not here; say where it is with --key-out, or make a new key: castractl vm rekey %s", h.KeyFile, h.VM)
-				}
-			}
+			h := f.existing(findVM(&st, args[0]), keyOut)
 			return f.printHandover(cmd.Context(), []handover{h}, asJSON)
 		},
 	}

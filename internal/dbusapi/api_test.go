@@ -166,7 +166,7 @@ func TestNoRegistry(t *testing.T) {
 	f.broker.Kind = "guest"
 	b.serve(Options{Bus: f}, quick())
 	err := manager(b.client()).Call(ManagerInterface+".AddVM", 0, "web1", vars{}).Err
-	if errorOf(err) != "NotSupported: castra-guestd admits no VMs; ask castrad, on the host" {
+	if errorOf(err) != "NotSupported: castra-guestd admits no VMs; ask castrad, on the host; where that is this machine too: systemctl start castrad" {
 		t.Errorf("error %q", errorOf(err))
 	}
 }

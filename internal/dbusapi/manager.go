@@ -148,7 +148,7 @@ func rekeyVM(ctx context.Context, c *call, args []any) ([]any, error) {
 func (c *call) registry(name string) (Registry, error) {
 	switch r := c.link.srv.opts.Registry; {
 	case r == nil:
-		return nil, bus.Errorf(bus.CodeNotHere, "%s admits no VMs; ask castrad, on the host", c.link.srv.daemon)
+		return nil, bus.Errorf(bus.CodeNotHere, "%s admits no VMs; ask castrad, on the host; where that is this machine too: systemctl start castrad", c.link.srv.daemon)
 	case !wire.ValidName(name):
 		return nil, bus.Errorf(bus.CodeInvalidName, "%.*q is no VM's name: 1 to %d of A-Za-z0-9._-, beginning with a letter or digit", wire.MaxName, name, wire.MaxName)
 	case wire.Reserved(name):

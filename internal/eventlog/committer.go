@@ -389,6 +389,11 @@ func (l *Log) expire() {
 	if released := l.released.Load(); released > 0 && err == nil {
 		_, err = l.stream.expire(retention{size: 1, before: released + 1}, time.Now())
 	}
+	l.note(err)
+}
+
+// note tells of what went wrong without anything being refused; nil: nothing did.
+func (l *Log) note(err error) {
 	if err != nil && l.opts.OnError != nil {
 		l.opts.OnError(err)
 	}

@@ -290,9 +290,7 @@ func (p *perVM) run() {
 			continue
 		case <-sweep.C:
 			next, err := p.sweep()
-			if err != nil && p.log.opts.OnError != nil {
-				p.log.opts.OnError(err)
-			}
+			p.log.note(err)
 			sweep.Reset(next)
 			continue
 		case req := <-p.forgettings:

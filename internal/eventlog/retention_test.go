@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -216,5 +217,38 @@ func TestVMReaderExpired(t *testing.T) {
 	}
 	if gaps != 1 || next != 61 {
 		t.Errorf("%d gaps, and the end at %d", gaps, next)
+	}
+}
+
+// unremovableFS keeps the files in one directory, as chattr +i does.
+type unremovableFS struct {
+	FS
+	dir string
+}
+
+func (u *unremovableFS) Remove(name string) error {
+	if filepath.Dir(name) == u.dir {
+		return &fs.PathError{Op: "remove", Path: name, Err: syscall.EPERM}
+	}
+	return u.FS.Remove(name)
+}
+
+// A segment of a VM's that cannot be removed is told of, and keeps no copies back.
+func TestExpireWhatCannotBeRemoved(t *testing.T) {
+	o := testOptions(t.TempDir())
+	o.FS = &unremovableFS{OS, filepath.Join(o.PerVM.Dir, "web1")}
+	o.PerVM.Retention = 128 << 10
+	told := make(chan error, 100)
+	o.OnError = func(err error) { told <- err }
+	o.PerVM.OnError = func(err error) { t.Errorf("copying: %v", err) }
+	l := mustOpen(t, o)
+	defer mustClose(t, l)
+	for range 10 {
+		publish(t, l, "web1", "t", "", `"`+strings.Repeat("x", 30_000)+`"`)
+		publish(t, l, "web2", "t", "", "1")
+	}
+	copied(t, l)
+	if err := <-told; !errors.Is(err, syscall.EPERM) {
+		t.Errorf("told %v", err)
 	}
 }

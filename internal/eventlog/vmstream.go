@@ -231,12 +231,11 @@ func (p *perVM) flushStream(s *vmStream) error {
 // full.
 func (p *perVM) openFor(s *vmStream) error {
 	segs := s.st.snapshot()
-	if len(segs) > 0 {
-		if err := p.openNewest(s, segs[len(segs)-1].first); err != nil || !s.full {
-			return err
-		}
-		p.open.close(s)
-	} else {
+	if len(segs) > 0 && !s.full {
+		return p.openNewest(s, segs[len(segs)-1].first)
+	}
+	p.open.close(s)
+	if len(segs) == 0 {
 		err := s.st.fs.Mkdir(s.st.dir, dirPerm)
 		if err != nil && !errors.Is(err, fs.ErrExist) {
 			return fmt.Errorf("creating the stream of %s: %w", s.vm, err)
@@ -250,8 +249,10 @@ func (p *perVM) openFor(s *vmStream) error {
 	}
 	p.open.add(s, f)
 	s.size, s.full = 0, false
+	// One that stays takes room, and is no reason to keep the copies of all VMs back.
 	_, err = s.st.expire(p.retention(s.vm), time.Now())
-	return err
+	p.log.note(err)
+	return nil
 }
 
 func (p *perVM) openNewest(s *vmStream, first uint64) error {

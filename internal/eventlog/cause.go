@@ -13,7 +13,7 @@ const (
 	CauseDenied    = "permission denied"
 	CauseFiles     = "too many open files"
 	CauseStalled   = "disk stalled"
-	CauseRemoved   = "log files removed" // by somebody else, while they were in use
+	CauseRemoved   = "log files removed" // or renamed, by somebody else, while they were in use
 	CauseDiskError = "disk error"        // all else
 )
 

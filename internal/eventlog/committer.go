@@ -36,7 +36,7 @@ type committer struct {
 	backed    int64  // reserved as it was when the segment was synced last
 	journal   journal
 	next      uint64    // the number of the next record
-	looked    time.Time // when it was seen last that file is there
+	looked    time.Time // when file was last seen to be there
 	failures  int       // writes failed since the last one that succeeded
 	lastError error     // of the newest failed write
 	held      bool      // a segment is kept only because the VMs' streams are behind
@@ -260,9 +260,9 @@ func (l *Log) flush(now time.Time) error {
 	if len(c.chunk.offsets) == 0 {
 		return nil
 	}
-	l.reserve()
 	err := l.look(now)
 	if err == nil {
+		l.reserve()
 		_, err = c.file.WriteAt(c.chunk.data, c.size)
 	}
 	if err == nil && l.opts.SyncEvery == 0 {

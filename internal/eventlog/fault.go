@@ -41,17 +41,24 @@ func (l *Log) fail(err error) error {
 }
 
 // look makes sure, at times, that the newest segment is still there: of one that
-// somebody has removed, as people do to make room, everything acknowledged from then on
-// would be lost when it is closed. An error has the next record begin a new one.
+// somebody has removed, as people do to make room, or renamed, what is acknowledged from
+// then on would be in no reader's way, and gone with the file. An error has the next
+// record begin a new one.
 func (l *Log) look(now time.Time) error {
 	c := &l.c
 	if now.Sub(c.looked) < lookInterval {
 		return nil
 	}
 	removed, err := c.file.Removed()
-	if err == nil && removed {
+	switch {
+	case err != nil:
+	case removed:
 		c.journal.stale = true // it may be gone likewise, and what it has belongs to the segment
 		err = errors.Join(errRemoved, l.stream.load())
+	case c.journal.gone():
+		if err = c.syncSegment(); err == nil {
+			err = c.journal.renew()
+		}
 	}
 	if err != nil {
 		return &fs.PathError{Op: "write", Path: l.stream.path(c.first), Err: err}
@@ -60,7 +67,7 @@ func (l *Log) look(now time.Time) error {
 	return nil
 }
 
-var errRemoved = errors.New("somebody has removed the file, and with it what was in it")
+var errRemoved = errors.New("somebody has removed or renamed the file, and with it what was in it")
 
 // abandonFile is closeFile after a failed write. What was refused must not come
 // back after a crash, so the cut is synced. Where that fails too, what is left

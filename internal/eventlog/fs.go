@@ -35,7 +35,8 @@ type File interface {
 	// Changed gives when the file, or what is known of it, was changed last, in ns
 	// since 1970: its ctime, which nobody can set.
 	Changed() (int64, error)
-	// Removed tells whether the file has no name any more, and goes when it is closed.
+	// Removed tells whether the file is not there any more under the name by which it was
+	// opened.
 	Removed() (bool, error)
 	// Sync makes data and size durable (fdatasync). After an error nothing may
 	// be assumed of anything written since the last success: the kernel may
@@ -142,7 +143,13 @@ func (f osFile) Changed() (int64, error) {
 
 func (f osFile) Removed() (bool, error) {
 	st, err := f.fstat()
-	return err == nil && st.Nlink == 0, err
+	if err != nil {
+		return false, err
+	}
+	var there syscall.Stat_t
+	err = syscall.Lstat(f.Name(), &there)
+	// Another error tells nothing of the file, which can be written to as it was.
+	return errors.Is(err, fs.ErrNotExist) || err == nil && (there.Dev != st.Dev || there.Ino != st.Ino), nil
 }
 
 func (f osFile) fstat() (st syscall.Stat_t, err error) {

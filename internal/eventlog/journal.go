@@ -240,6 +240,20 @@ func (j *journal) void() error {
 	return nil
 }
 
+// gone tells whether somebody has taken the journal away, or cut it: after a power cut
+// nobody would find what only it has.
+func (j *journal) gone() bool {
+	if j.file == nil {
+		return false
+	}
+	removed, err := j.file.Removed()
+	if err != nil || removed {
+		return removed
+	}
+	size, err := j.file.Size()
+	return err == nil && size < j.size
+}
+
 // takes tells whether a commit of n bytes goes to the journal.
 func (j *journal) takes(n int) bool {
 	return j.file != nil && n <= journalMost && j.at+int64(journalHeader+n) <= j.size
@@ -286,5 +300,8 @@ func (j *journal) end() error {
 	if j.lost {
 		return nil
 	}
-	return j.fs.Remove(j.path)
+	if err := j.fs.Remove(j.path); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil // somebody has removed it already
 }

@@ -13,6 +13,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/castrabus/castra/internal/bubble"
 )
 
 const (
@@ -561,6 +563,40 @@ func TestJournalOnDisk(t *testing.T) {
 			if got := slices.Collect(names(t, filepath.Dir(o.Journal))); slices.Contains(got, "journal") || slices.Contains(got, "journal.tmp") {
 				t.Errorf("left: %v", got)
 			}
+		})
+	}
+}
+
+// A journal that somebody has removed, renamed or cut short is made anew, or a power cut
+// would take what only it had.
+func TestJournalRemovedWhileOpen(t *testing.T) {
+	for name, take := range map[string]func(path string) error{
+		"removed":   os.Remove,
+		"renamed":   func(path string) error { return os.Rename(path, path+".1") },
+		"cut short": func(path string) error { return os.Truncate(path, 0) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble.Test(t, func(t *testing.T) {
+				o := testOptions(t.TempDir())
+				o.Journal = filepath.Join(filepath.Dir(o.Dir), "journal")
+				l := mustOpen(t, o)
+				defer mustClose(t, l)
+				for range 3 {
+					publish(t, l, "web1", "t", "", "1")
+				}
+				if err := take(o.Journal); err != nil {
+					t.Fatal(err)
+				}
+				time.Sleep(lookInterval)
+				publish(t, l, "web1", "t", "", "1")
+				b, err := os.ReadFile(o.Journal)
+				if j, ok := parseJournal(b); err != nil || !ok || bytes.Count(j.data, newline) != 1 || len(b) != journalSize {
+					t.Errorf("%d bytes, %v, beginning with %.200q", len(b), err, b)
+				}
+				if err := take(o.Journal); err != nil { // and so it can be closed
+					t.Fatal(err)
+				}
+			})
 		})
 	}
 }

@@ -415,10 +415,11 @@ func TestAppendHereKeepsOrder(t *testing.T) {
 	}
 }
 
-// Somebody removes segments, to make room, and the newest one with them: what is
-// acknowledged afterwards is there after a restart, under numbers not given before.
+// Somebody removes segments, to make room, or renames them, as logrotate does, and the
+// newest one with them: what is acknowledged afterwards is there after a restart, under
+// numbers not given before.
 func TestRemovedWhileOpen(t *testing.T) {
-	for _, what := range []string{"newest", "all", "directory"} {
+	for _, what := range []string{"newest", "newest renamed", "all", "directory"} {
 		t.Run(what, func(t *testing.T) {
 			bubble.Test(t, func(t *testing.T) {
 				o := testOptions(t.TempDir())
@@ -432,11 +433,15 @@ func TestRemovedWhileOpen(t *testing.T) {
 				if err != nil || len(segments) < 3 {
 					t.Fatal(segments, err)
 				}
-				if what == "newest" {
+				take := os.Remove
+				if strings.HasPrefix(what, "newest") {
 					segments = segments[len(segments)-1:]
 				}
+				if what == "newest renamed" {
+					take = func(name string) error { return os.Rename(name, name+".1") }
+				}
 				for _, name := range segments {
-					if err := os.Remove(name); err != nil {
+					if err := take(name); err != nil {
 						t.Fatal(err)
 					}
 				}

@@ -3,6 +3,7 @@ package session
 import (
 	"context"
 	"errors"
+	"io"
 	"net"
 	"strings"
 	"syscall"
@@ -130,27 +131,36 @@ func end(s *Session, peer net.Conn, ended chan struct{}) {
 
 func write(c net.Conn, s string) error { _, err := c.Write([]byte(s)); return err }
 
-// A beat is only what can be answered without waiting.
-func TestIsBeat(t *testing.T) {
-	w := workspaces.New().(*workspace)
+// Only what can be answered without waiting is answered by whom all others wait for.
+func TestOnlyBeatsKeepTheTurn(t *testing.T) {
 	beat := "\x00\x00\x00\x16" + `{"type": "heartbeat" }`
-	for frames, want := range map[string]bool{
-		beat:                      true,
-		beat[:10]:                 false,
-		beat + beat:               false,
-		beat + "\x00":             false,
-		"\x00\x00\x00\x00" + beat: false,
-		"\x00\x00\x00\x02{]":      false,
-		"\x00\x00\x00\x21" + `{"type":"publish","id":"\u0061b"}`: false,
-		"": false,
-		"\x00\x00\x00\x50" + `{"type":"heartbeat"` + strings.Repeat(" ", 60) + `}`: false,
+	goOn := make(chan struct{})
+	close(goOn)
+	for frames, want := range map[string]struct {
+		left    bool
+		answers int
+	}{
+		beat:                      {false, 1},
+		beat[:10]:                 {false, 0},
+		beat + beat:               {false, 2},
+		beat + "\x00":             {false, 1},
+		"\x00\x00\x00\x00" + beat: {true, 0},
+		"\x00\x00\x00\x02{]":      {true, 0},
+		beat + "\x00\x00\x00\x21" + `{"type":"publish","id":"\u0061b"}`:            {true, 1},
+		"\x00\x00\x00\x50" + `{"type":"heartbeat"` + strings.Repeat(" ", 60) + `}`: {true, 1},
 	} {
-		b := []byte(frames)
-		if got := w.isBeat(b); got != want {
-			t.Errorf("%q: %v", frames, got)
+		conn, peer := pair(t)
+		s := newSession(conn, rawConn{conn}, silentDisk{goOn: goOn}, &Options{})
+		s.guest = beating{}
+		c := &courier{away: func() {}}
+		ws := workspaces.New().(*workspace)
+		left, err := s.burst(c, &ws, ws.buf[:copy(ws.buf, frames)])
+		if c.left != want.left {
+			t.Errorf("%q: left is %v, with %q to go, %v", frames, c.left, left, err)
 		}
-		if string(b) != frames {
-			t.Errorf("%q is %q afterwards", frames, b)
+		_ = conn.Close()
+		if got, err := io.ReadAll(peer); strings.Count(string(got), `"ack":"heartbeat"`) != want.answers {
+			t.Errorf("%q is answered with %q, %v", frames, got, err)
 		}
 	}
 }

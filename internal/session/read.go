@@ -70,13 +70,7 @@ func (s *Session) read(c *courier, rest []byte, err error) error {
 			break
 		}
 		var left []byte
-		if ws.isBeat(ws.buf[:n]) {
-			err = s.beat(c, ws)
-		} else {
-			c.leave()
-			left, err = s.burst(&ws, ws.buf[:n])
-		}
-		if err != nil {
+		if left, err = s.burst(c, &ws, ws.buf[:n]); err != nil {
 			return err
 		}
 		rest, err = s.settle(c, ws, rest, left)
@@ -122,13 +116,20 @@ func (s *Session) rest(c *courier) {
 	}
 }
 
+// maxBeat is longer than a heartbeat is.
+const maxBeat = 64
+
 // burst answers every whole frame in data and gives the incomplete one at its
-// end. It may replace *ws where a stalled disk keeps the one it had.
-func (s *Session) burst(ws **workspace, data []byte) (left []byte, err error) {
+// end. It may replace *ws where a stalled disk keeps the one it had. c leaves at the first
+// frame that takes longer than a heartbeat.
+func (s *Session) burst(c *courier, ws **workspace, data []byte) (left []byte, err error) {
+	if len(data) > maxBeat {
+		c.leave()
+	}
 	for heard := false; ; heard = true {
 		frame, rest, err := wire.NextFrame(data)
 		if err == nil && frame == nil {
-			return s.flushHere(ws, rest)
+			return s.flushHere(c, ws, rest)
 		}
 		if err == nil && !heard {
 			s.guest.Heard() // a frame is a sign of life, a byte of one is not
@@ -137,6 +138,9 @@ func (s *Session) burst(ws **workspace, data []byte) (left []byte, err error) {
 		s.spent += len(frame) / bytesCost
 		if err == nil {
 			err = w.dec.Decode(frame, &w.msg)
+		}
+		if err != nil || w.msg.Type != wire.TypeHeartbeat {
+			c.leave()
 		}
 		if err != nil {
 			// What came before the bad frame is answered first.
@@ -257,15 +261,15 @@ func (s *Session) flush(ws **workspace, rest []byte) ([]byte, error) {
 		// Not the session's context: what is queued will be committed.
 		err = s.broker.Append(context.Background(), &w.batch)
 	}
-	return s.answer(ws, rest, err)
+	return s.answer(nil, ws, rest, err)
 }
 
 // flushHere is flush at the end of a burst, where the goroutine may be kept for as long
 // as a disk or another guest takes. Then another one goes on, and this one gets errHeldUp.
-func (s *Session) flushHere(ws **workspace, rest []byte) ([]byte, error) {
+func (s *Session) flushHere(c *courier, ws **workspace, rest []byte) ([]byte, error) {
 	w := *ws
 	if len(w.batch.Entries) == 0 {
-		return s.answer(ws, rest, nil)
+		return s.answer(c, ws, rest, nil)
 	}
 	var over atomic.Bool // who sets it goes on
 	err := s.broker.AppendHere(context.Background(), &w.batch, func(err error) {
@@ -276,12 +280,12 @@ func (s *Session) flushHere(ws **workspace, rest []byte) ([]byte, error) {
 	if !over.CompareAndSwap(false, true) {
 		return nil, errHeldUp
 	}
-	return s.answer(ws, rest, err)
+	return s.answer(nil, ws, rest, err)
 }
 
 // resume goes on where flushHere was held up.
 func (s *Session) resume(w *workspace, rest []byte, err error) {
-	left, err := s.answer(&w, rest, err)
+	left, err := s.answer(nil, &w, rest, err)
 	if err != nil {
 		s.conclude(err)
 		return
@@ -291,7 +295,7 @@ func (s *Session) resume(w *workspace, rest []byte, err error) {
 }
 
 // answer writes the answers of a burst, err being what became of its batch.
-func (s *Session) answer(ws **workspace, rest []byte, err error) ([]byte, error) {
+func (s *Session) answer(c *courier, ws **workspace, rest []byte, err error) ([]byte, error) {
 	w := *ws
 	if len(w.acks) == 0 {
 		return rest, nil
@@ -320,7 +324,7 @@ func (s *Session) answer(ws **workspace, rest []byte, err error) ([]byte, error)
 	} else {
 		w.batch.Entries, w.arena, w.acks = w.batch.Entries[:0], w.arena[:0], w.acks[:0]
 	}
-	return rest, s.write(nil, out)
+	return rest, s.write(c, out)
 }
 
 // countPublished notes what was stored; a refused record was not, and a retry

@@ -214,7 +214,7 @@ func (b *Broker) openLog() error {
 			},
 			OnError: func(err error) { b.note(partVMStreams, err) },
 			OnAside: func(file, name string) {
-				logging.StateSetAside.On(b.log).WithFields(logrus.Fields{"file": file, "aside": name}).Error("what is there is no file that castrad can use; it is set aside")
+				logging.StateSetAside.On(b.log).WithFields(logrus.Fields{"file": file, "aside": name}).Error("castrad cannot use what is there, and has set it aside")
 			},
 		},
 		OnCommit: b.committed,

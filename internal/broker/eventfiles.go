@@ -35,7 +35,7 @@ func (r *rotated) write(lines []byte) error {
 		}
 		f, moved, err := statefile.Append(r.path, 0o640)
 		if moved != "" {
-			logging.StateSetAside.On(r.log).WithFields(logrus.Fields{"file": r.path, "aside": moved}).Error("what is there is no file that castrad can use; it is set aside")
+			logging.StateSetAside.On(r.log).WithFields(logrus.Fields{"file": r.path, "aside": moved}).Error("castrad cannot use what is there, and has set it aside")
 		}
 		if err != nil {
 			return err

@@ -31,7 +31,7 @@ func (l *Log) ListVMs(want func(vm string) bool) ([]VMFiles, error) {
 		return nil, err
 	}
 	for _, e := range entries {
-		if vm := e.Name(); e.IsDir() && want(vm) {
+		if vm := e.Name(); e.IsDir() && !isAside(vm) && want(vm) {
 			st, _, err := l.vmStream(vm)
 			if err != nil {
 				return nil, err

@@ -60,10 +60,10 @@ func misplaced(err error) bool {
 }
 
 // setAside renames what is at path, so that there is room for a file and nothing is
-// lost, and gives its new name.
-func setAside(fsys FS, path string) (string, error) {
+// lost, and gives its new name, path with mark and a number behind it.
+func setAside(fsys FS, path, mark string) (string, error) {
 	for i := 1; ; i++ {
-		name := fmt.Sprintf("%s.aside-%d", path, i)
+		name := fmt.Sprintf("%s%s%d", path, mark, i)
 		f, err := fsys.OpenFile(name, os.O_RDONLY, 0)
 		if err == nil {
 			_ = f.Close()
@@ -72,10 +72,12 @@ func setAside(fsys FS, path string) (string, error) {
 		if misplaced(err) {
 			continue
 		}
-		if err := fsys.Rename(path, name); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		switch err := fsys.Rename(path, name); {
+		case err == nil, errors.Is(err, fs.ErrNotExist):
+			return name, nil
+		case !errors.Is(err, fs.ErrExist): // else it is a directory that cannot be opened
 			return "", err
 		}
-		return name, nil
 	}
 }
 
@@ -86,7 +88,7 @@ func openOwn(fsys FS, path string, flag int, told func(file, name string)) (File
 	if !misplaced(err) {
 		return f, err
 	}
-	name, err := setAside(fsys, path)
+	name, err := setAside(fsys, path, ".aside-")
 	if err != nil {
 		return nil, err
 	}

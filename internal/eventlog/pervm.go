@@ -30,7 +30,7 @@ type PerVMOptions struct {
 	// OnError is called when copying fails and when it goes on (nil).
 	OnError func(error)
 	// OnAside is called when something was renamed because a file belongs in its place,
-	// and it is none, or a directory.
+	// and it is none, or a directory, or because it could not be used for long.
 	OnAside func(file, name string)
 
 	idWindow int // 0: idWindow
@@ -97,6 +97,10 @@ type perVM struct {
 	lost     bool     // a sync has failed since then
 	failed   bool
 
+	bad      string // what of one VM's has kept the copies of all back; "": nothing has
+	badSince time.Time
+	passed   map[string]bool // what was set aside for that
+
 	// The trees of opts.Dir and opts.IDDir, open since before anything was written in
 	// them; nil where every file is synced by itself.
 	streamTree, idTree Tree
@@ -113,7 +117,7 @@ func openPerVM(l *Log, opts PerVMOptions) (_ *perVM, err error) {
 		log: l, opts: opts,
 		wake: make(chan struct{}, 1), quit: make(chan struct{}), done: make(chan struct{}),
 		forgettings: make(chan forgetting),
-		streams:     make(map[string]*vmStream), quiet: l.startedAt,
+		streams:     make(map[string]*vmStream), quiet: l.startedAt, passed: make(map[string]bool),
 	}
 	p.ids = newIDIndex(l.opts.FS, opts.IDDir, l.opts.StallAfter, p.filesHold)
 	p.ids.aside, p.ids.resets = opts.OnAside, p.resets.Load
@@ -204,7 +208,7 @@ func (p *perVM) loadAll() error {
 		}
 		for _, e := range entries {
 			vm, ids := strings.CutSuffix(e.Name(), idSuffix)
-			if ids == e.IsDir() {
+			if ids == e.IsDir() || isAside(vm) {
 				continue // nothing of ours
 			}
 			s, err := p.stream([]byte(vm))
@@ -286,7 +290,9 @@ func (p *perVM) run() {
 		case <-retry.C:
 		case <-checkpoint.C:
 			armed = false
-			p.note(p.checkpoint(), retry)
+			if err := p.checkpoint(); err != nil { // that it went well does not say that copying does
+				p.note(err, retry)
+			}
 			continue
 		case <-sweep.C:
 			next, err := p.sweep()
@@ -299,9 +305,9 @@ func (p *perVM) run() {
 		case <-p.quit:
 			return
 		}
-		p.note(p.goOn(), retry)
-		if p.late() != nil {
-			continue // a position saved now would be taken at its word
+		err := p.goOn()
+		if p.note(err, retry); err != nil {
+			continue // a position saved before a start is done would be taken at its word
 		}
 		if p.since > checkpointBytes || p.wanted.Swap(false) {
 			p.note(p.checkpoint(), retry)
@@ -315,15 +321,14 @@ func (p *perVM) run() {
 
 // note reports a change between working and failing and arranges another try.
 func (p *perVM) note(err error, retry *time.Timer) {
+	p.passOver(err)
 	if err != nil {
 		retry.Reset(retryInterval)
 	}
-	if failed := err != nil; failed != p.failed || failed {
-		changed := failed != p.failed
-		p.failed = failed
-		if changed && p.opts.OnError != nil {
-			p.opts.OnError(err)
-		}
+	changed := p.failed != (err != nil)
+	p.failed = err != nil
+	if changed && p.opts.OnError != nil {
+		p.opts.OnError(err)
 	}
 }
 

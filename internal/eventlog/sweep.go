@@ -23,7 +23,7 @@ func (p *perVM) sweep() (next time.Duration, err error) {
 			return expireInterval, err
 		}
 		for _, e := range entries {
-			if e.IsDir() {
+			if e.IsDir() && !isAside(e.Name()) {
 				p.unswept = append(p.unswept, e.Name())
 			}
 		}

@@ -198,7 +198,7 @@ func (v *verifier) listVMs() error {
 	}
 	for _, e := range entries {
 		s := &verified{vm: e.Name(), dir: filepath.Join(v.opts.VMDir, e.Name())}
-		if !e.IsDir() {
+		if !e.IsDir() || isAside(e.Name()) {
 			v.tell(Finding{Kind: Foreign, File: s.dir}, "it is no VM's stream; castrad passes it over")
 			continue
 		}

@@ -53,8 +53,12 @@ func (p *perVM) stream(vm []byte) (*vmStream, error) {
 	}
 	s := &vmStream{p: p, vm: string(vm)}
 	s.st = stream{fs: p.log.opts.FS, dir: filepath.Join(p.opts.Dir, s.vm)}
-	if err := s.load(p.position.Load()); err != nil {
-		return nil, fmt.Errorf("opening the stream of %s: %w", vm, err)
+	upTo := p.position.Load()
+	if err := s.load(upTo); err != nil {
+		return nil, s.streamFault("opening", err)
+	}
+	if err := s.loadIDs(upTo); err != nil {
+		return nil, s.idsFault("opening", err)
 	}
 	p.mu.Lock()
 	p.streams[s.vm] = s
@@ -95,16 +99,15 @@ func (s *vmStream) load(upTo uint64) error {
 		s.st.grown(end, g.modified)
 		s.size = end
 	}
-	idsCut, err := s.loadIDs(upTo)
-	if cut || idsCut {
+	if cut {
 		s.p.written(s)
 	}
-	return err
+	return nil
 }
 
 // makeWay sets aside what is in the place of the stream's directory.
 func (s *vmStream) makeWay() error {
-	name, err := setAside(s.st.fs, s.st.dir)
+	name, err := setAside(s.st.fs, s.st.dir, ".aside-")
 	if err != nil {
 		return err
 	}
@@ -116,13 +119,13 @@ func (s *vmStream) makeWay() error {
 }
 
 // loadIDs is load for the file of ids.
-func (s *vmStream) loadIDs(upTo uint64) (cut bool, err error) {
+func (s *vmStream) loadIDs(upTo uint64) error {
 	f, err := openOwn(s.st.fs, s.p.ids.path(s.vm), os.O_RDWR, s.p.ids.aside)
 	if errors.Is(err, fs.ErrNotExist) {
-		return false, nil
+		return nil
 	}
 	if err != nil {
-		return false, err
+		return err
 	}
 	size, err := f.Size()
 	if err == nil {
@@ -132,10 +135,10 @@ func (s *vmStream) loadIDs(upTo uint64) (cut bool, err error) {
 		s.idSize, err = s.trueIDs(f, s.idSize)
 	}
 	if err == nil && s.idSize < size {
-		cut = true
 		err = f.Truncate(s.idSize)
+		s.p.written(s)
 	}
-	return cut, errors.Join(err, f.Close())
+	return errors.Join(err, f.Close())
 }
 
 // trueIDs gives where the entries before end end that a crash has not made up: a number of
@@ -219,7 +222,7 @@ func (p *perVM) flushStream(s *vmStream) error {
 	}
 	if _, err := s.f.WriteAt(s.buf, s.size); err != nil {
 		// A part of a line must not stay: while the disk is full jq would stop at it.
-		return fmt.Errorf("writing the stream of %s: %w", s.vm, errors.Join(err, s.f.Truncate(s.size)))
+		return s.streamFault("writing", errors.Join(err, s.f.Truncate(s.size)))
 	}
 	s.size += int64(len(s.buf))
 	s.giveBack()
@@ -245,7 +248,7 @@ func (p *perVM) openFor(s *vmStream) error {
 	// The next checkpoint makes the names durable.
 	f, err := s.st.create(s.bufFirst)
 	if err != nil {
-		return fmt.Errorf("continuing the stream of %s: %w", s.vm, err)
+		return s.streamFault("continuing", err)
 	}
 	p.open.add(s, f)
 	s.size, s.full = 0, false
@@ -262,7 +265,7 @@ func (p *perVM) openNewest(s *vmStream, first uint64) error {
 	}
 	f, err := s.st.fs.OpenFile(s.st.path(first), os.O_RDWR, filePerm)
 	if err != nil {
-		return fmt.Errorf("opening the stream of %s: %w", s.vm, err)
+		return s.streamFault("opening", err)
 	}
 	p.open.add(s, f)
 	return nil
@@ -279,19 +282,19 @@ func (s *vmStream) sync(open *openFiles) error {
 			}
 			if err := s.f.Sync(); err != nil {
 				open.close(s)
-				return fmt.Errorf("syncing the stream of %s: %w", s.vm, err)
+				return s.streamFault("syncing", err)
 			}
 		} else if segs[i+1].first > s.p.synced+1 {
 			if err := syncIfThere(s.st.fs, s.st.path(g.first)); err != nil {
-				return fmt.Errorf("syncing the stream of %s: %w", s.vm, err)
+				return s.streamFault("syncing", err)
 			}
 		}
 	}
 	if err := s.st.syncDir(); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("syncing the stream of %s: %w", s.vm, err)
+		return s.streamFault("syncing", err)
 	}
 	if err := syncIfThere(s.st.fs, s.p.ids.path(s.vm)); err != nil {
-		return fmt.Errorf("syncing the ids of %s: %w", s.vm, err)
+		return s.idsFault("syncing", err)
 	}
 	return nil
 }
@@ -327,21 +330,21 @@ func (s *vmStream) flushIDs() error {
 	if s.idSize+int64(len(s.ids)) > 2*window {
 		keep, err := s.p.ids.read(s.vm, s.p.ids.window)
 		if err != nil {
-			return err
+			return s.idsFault("reading", err)
 		}
 		if err := replaceFile(fsys, path, keep); err != nil {
-			return fmt.Errorf("shortening the ids of %s: %w", s.vm, err)
+			return s.idsFault("shortening", err)
 		}
 		s.idSize = int64(len(keep))
 		s.p.newIDs = true
 	}
 	f, err := fsys.OpenFile(path, os.O_RDWR|os.O_CREATE, filePerm)
 	if err != nil {
-		return err
+		return s.idsFault("opening", err)
 	}
 	_, err = f.WriteAt(s.ids, s.idSize)
 	if err = errors.Join(err, f.Close()); err != nil {
-		return fmt.Errorf("writing the ids of %s: %w", s.vm, err)
+		return s.idsFault("writing", err)
 	}
 	s.p.newIDs = s.p.newIDs || s.idSize == 0
 	s.idSize += int64(len(s.ids))

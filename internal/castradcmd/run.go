@@ -253,6 +253,7 @@ func (d *daemon) open() (unlock func(), err error) {
 			return nil, fmt.Errorf("creating castrad's directories: %w", err)
 		}
 	}
+	d.warnOfDisk()
 	var locks []*os.File
 	unlock = func() {
 		for _, f := range locks {

@@ -31,6 +31,7 @@ const (
 	VMRekeyed             Event = "0d28c8a1496f4d119732a602da3e499d" // a VM has a new key
 	RegistrationIgnored   Event = "6c081c19b6a6427485d54c62a7f3df8a" // a registration cannot be used
 	StorageDegraded       Event = "7d025aecc12e4128a9d66d1174b71bf6" // the event log takes no records
+	StorageDoubtful       Event = "59c10fca415d4b0a80a19afec5149021" // the file system may lose what was synced
 	StorageRecovered      Event = "50061a8beb4b4fa29b6218ff61c99508" // the event log takes records again
 	VMStreamsBehind       Event = "4495cde9909546d1b991ad947ddd7fe5" // the VMs' streams are not written
 	VMStreamsComplete     Event = "bfee3842dd7b41c5b28a0c82a675d3d3" // the VMs' streams are written again

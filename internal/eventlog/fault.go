@@ -8,6 +8,15 @@ import (
 	"time"
 )
 
+const (
+	// retryInterval is how often a log that the disk refused tries again.
+	retryInterval = time.Second
+
+	// lookInterval is how often a log that takes records makes sure that its newest
+	// segment is still there.
+	lookInterval = time.Second
+)
+
 // fail refuses the chunk: none of its records is stored. The segment is cut
 // back to its last committed byte and left; what the kernel made of the pages
 // that it could not write is unknown, so nothing is ever appended to it again.

@@ -1,0 +1,126 @@
+package eventlog
+
+import (
+	"errors"
+	"time"
+)
+
+// preallocStep is how far ahead of the data blocks are reserved: far enough to be rare,
+// small enough for a small disk.
+const preallocStep = 4 << 20
+
+// reserve keeps blocks reserved ahead of the data. It is no fault where the
+// file system cannot or the disk is nearly full: the write itself will tell.
+func (l *Log) reserve() {
+	c := &l.c
+	end := c.size + int64(len(c.chunk.data))
+	if c.reserved < 0 || end <= c.reserved {
+		return
+	}
+	n := min(max(preallocStep, end-c.reserved), max(l.opts.SegmentSize-c.reserved, end-c.reserved))
+	if err := c.file.Preallocate(c.reserved, n); err != nil {
+		c.reserved = -1
+		return
+	}
+	c.reserved += n
+}
+
+// rotate seals the newest segment and begins the next. What is in it is synced
+// first, so that only the newest segment ever has an unfinished tail.
+func (l *Log) rotate() error {
+	c := &l.c
+	if err := l.sync(); err != nil {
+		return err
+	}
+	if err := c.closeFile(); err != nil {
+		return err
+	}
+	return l.openNext()
+}
+
+// openNext begins the segment of the next record.
+func (l *Log) openNext() error {
+	c := &l.c
+	if c.journal.file == nil {
+		if err := c.journal.renew(); err != nil {
+			return err
+		}
+	}
+	f, err := l.stream.create(c.next)
+	if err != nil {
+		return err
+	}
+	// Without this a crash could lose the name, and with it every record that
+	// is synced into the file.
+	if err := l.stream.syncDir(); err != nil {
+		return errors.Join(err, f.Close())
+	}
+	c.file, c.first, c.size, c.reserved, c.backed = f, c.next, 0, 0, 0
+	l.expire()
+	return nil
+}
+
+// closeFile cuts the newest segment back to what is committed, which also
+// frees the reserved blocks, and closes it.
+func (c *committer) closeFile() error {
+	if c.file == nil {
+		return nil
+	}
+	f := c.file
+	c.file = nil
+	return errors.Join(f.Truncate(c.size), f.Close())
+}
+
+// sync makes everything committed durable in the segment.
+func (l *Log) sync() error {
+	committed := l.committed.Load()
+	if l.c.file == nil || l.durable.Load() == committed && !l.c.journal.ahead {
+		return nil
+	}
+	if err := l.c.syncSegment(); err != nil {
+		return mayBeLost(l.durable.Load(), committed, err)
+	}
+	l.durable.Store(committed)
+	return nil
+}
+
+// syncLazily is sync for a log that acknowledges first. What it could not sync
+// has been acknowledged already: all that is left is to say so.
+func (l *Log) syncLazily() {
+	l.c.chunk = nil
+	if err := l.sync(); err != nil {
+		_ = l.fail(err)
+	}
+}
+
+// expire applies the retention; records that the VMs' streams do not have
+// durably yet stay.
+func (l *Log) expire() {
+	r := retention{size: l.opts.Retention, age: l.opts.MaxAge, before: l.c.next}
+	if l.perVM != nil {
+		r.before = l.perVM.saved.Load() + 1
+	}
+	held, err := l.stream.expire(r, time.Now())
+	if l.c.held = held; held {
+		l.perVM.hurry()
+	}
+	if released := l.released.Load(); released > 0 && err == nil {
+		_, err = l.stream.expire(retention{size: 1, before: released + 1}, time.Now())
+	}
+	l.note(err)
+}
+
+// note tells of what went wrong without anything being refused; nil: nothing did.
+func (l *Log) note(err error) {
+	if err != nil && l.opts.OnError != nil {
+		l.opts.OnError(err)
+	}
+}
+
+// lookAround makes the committer expire what may go now.
+func (l *Log) lookAround() {
+	select {
+	case l.around <- struct{}{}:
+	default:
+	}
+}

@@ -204,7 +204,7 @@ func (c *crashLife) run(steps int) (broken violation) {
 			panic(r)
 		}
 		if c.stale = c.log != nil && c.log.c.journal.stale; c.log != nil {
-			c.synced = max(c.synced, c.log.Durable())
+			c.synced = max(c.synced, c.log.durable.Load())
 		}
 		c.log = nil
 	}()
@@ -309,7 +309,7 @@ func (c *crashLife) step(l *Log) {
 		l.expire()
 	case n < 17 && l.Lazy():
 		l.syncLazily()
-		c.synced = max(c.synced, l.Durable())
+		c.synced = max(c.synced, l.durable.Load())
 	case n < 18:
 		c.readVM(l)
 	default:

@@ -190,8 +190,14 @@ func (c *cursor) open() error {
 			return io.EOF
 		}
 		f, err := c.st.fs.OpenFile(c.st.path(seg.first), os.O_RDONLY, 0)
-		if errors.Is(err, fs.ErrNotExist) && c.st.expiredBefore(seg.first) {
-			continue // between the two calls
+		if errors.Is(err, fs.ErrNotExist) {
+			if c.st.expiredBefore(seg.first) {
+				continue // between the two calls
+			}
+			if c.st.lacks(seg.first) {
+				c.expired, c.next = true, max(c.next, until)
+				continue
+			}
 		}
 		if err != nil {
 			return fmt.Errorf("opening segment: %w", err)

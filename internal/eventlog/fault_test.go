@@ -167,7 +167,7 @@ func testLazySyncAfterFault(t *testing.T, at string) {
 		publish(t, l, "web1", "t", "", "1")
 		time.Sleep(2 * o.SyncEvery)
 		synctest.Wait()
-		if durable, committed := l.Durable(), l.Committed(); durable != committed {
+		if durable, committed := l.durable.Load(), l.Committed(); durable != committed {
 			t.Errorf("synced up to %d of %d", durable, committed)
 		}
 	}

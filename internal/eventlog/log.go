@@ -333,9 +333,6 @@ func (l *Log) offer(ctx context.Context, b *Batch, gate *stallGate) (err error) 
 // Committed gives the number of the newest record that readers may see.
 func (l *Log) Committed() uint64 { return l.committed.Load() }
 
-// Durable gives the number of the newest record that would survive a power cut.
-func (l *Log) Durable() uint64 { return l.durable.Load() }
-
 // Oldest gives the first number of the oldest segment kept.
 func (l *Log) Oldest() uint64 { return l.stream.oldest() }
 

@@ -330,10 +330,10 @@ func TestAppendHere(t *testing.T) {
 	var told uint64 // of who commits
 	led := map[bool]int{}
 	o.OnCommit = func(c Commit) {
-		if c.First() != told+1 {
-			t.Errorf("%d is told of behind %d", c.First(), told)
+		if c.c.first != told+1 {
+			t.Errorf("%d is told of behind %d", c.c.first, told)
 		}
-		told = c.Last()
+		told = c.c.last()
 		led[c.Led()]++
 	}
 	l := mustOpen(t, o)

@@ -64,12 +64,6 @@ type Commit struct {
 	led bool
 }
 
-// First and Last give the numbers of the commit's records.
-func (c Commit) First() uint64 { return c.c.first }
-
-// Last gives the number of the commit's newest record.
-func (c Commit) Last() uint64 { return c.c.last() }
-
 // Led tells whether a publisher commits by [Log.AppendHere]: as soon as it is done with
 // this it is free to do more for the record.
 func (c Commit) Led() bool { return c.led }

@@ -141,8 +141,8 @@ func (s *stream) lastMatching(n int, upTo uint64, match func(*Record) bool) (uin
 		}
 		f, err := s.fs.OpenFile(s.path(segs[i].first), os.O_RDONLY, 0)
 		if err != nil {
-			if errors.Is(err, os.ErrNotExist) { // expired meanwhile, and with it all before it
-				return oldest, nil
+			if errors.Is(err, os.ErrNotExist) { // expired meanwhile, or removed by somebody
+				continue
 			}
 			return 0, err
 		}

@@ -206,6 +206,18 @@ func (s *stream) expiredBefore(first uint64) bool {
 	return oldest == 0 || oldest > first // 0: all of it was forgotten
 }
 
+// lacks tells whether somebody has removed the segment that begins with first, and one
+// behind it is still there: with the newest the whole directory may have gone, be it that
+// its file system is not mounted just now.
+func (s *stream) lacks(first uint64) bool {
+	segs := s.snapshot()
+	if len(segs) == 0 || segs[len(segs)-1].first == first {
+		return false
+	}
+	f, err := s.fs.OpenFile(s.path(segs[len(segs)-1].first), os.O_RDONLY, 0)
+	return err == nil && f.Close() == nil
+}
+
 // retention says which segments may go.
 type retention struct {
 	size int64         // bytes that a stream may hold; 0: any

@@ -27,6 +27,13 @@ func (p *perVM) checkpoint() error {
 
 // syncAll makes everything durable that was copied.
 func (p *perVM) syncAll() error {
+	for _, vm := range p.unsynced {
+		if s := p.known(vm); s != nil && s.f != nil {
+			if removed, err := s.f.Removed(); err == nil && removed {
+				return s.streamFault("syncing", errRemoved)
+			}
+		}
+	}
 	if len(p.unsynced) >= p.opts.together && p.streamTree != nil && p.idTree != nil {
 		return p.syncTrees()
 	}

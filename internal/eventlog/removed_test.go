@@ -2,10 +2,12 @@ package eventlog
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/castrabus/castra/internal/bubble"
@@ -71,5 +73,66 @@ func testOldSegmentsRemoved(t *testing.T, which, what string) {
 		}
 		mustClose(t, l)
 		l = mustOpen(t, o)
+	}
+}
+
+// Somebody removes a VM's stream, or its newest segment. Its readers get from the host
+// stream what that has, and what is published from then on is in a stream again.
+func TestVMStreamRemovedWhileOpen(t *testing.T) {
+	for _, what := range []string{"all", "newest"} {
+		for _, together := range []int{1, 100} {
+			t.Run(fmt.Sprint(what, together), func(t *testing.T) {
+				bubble.Test(t, func(t *testing.T) { testVMStreamRemoved(t, what, together) })
+			})
+		}
+	}
+}
+
+func testVMStreamRemoved(t *testing.T, what string, together int) {
+	o := testOptions(t.TempDir())
+	o.SegmentSize, o.PerVM.SegmentSize, o.Recent, o.PerVM.together = 4096, 4096, 1, together
+	l := mustOpen(t, o)
+	defer func() { mustClose(t, l) }()
+	publishSome := func() {
+		for range 20 {
+			publish(t, l, "web1", "t", "", `"`+strings.Repeat("x", 500)+`"`)
+		}
+		time.Sleep(time.Second)
+	}
+	publishSome()
+	own := filepath.Join(o.PerVM.Dir, "web1")
+	if what == "all" {
+		if err := os.RemoveAll(own); err != nil {
+			t.Fatal(err)
+		}
+	} else {
+		segments, err := filepath.Glob(filepath.Join(own, "*.jsonl"))
+		if err != nil || os.Remove(segments[len(segments)-1]) != nil {
+			t.Fatal(segments, err)
+		}
+	}
+	publish(t, l, "web1", "t", "", "1")
+	time.Sleep(time.Second)
+	read := func() {
+		t.Helper()
+		r, err := l.NewVMReader("web1", 1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := readAll(t, r); uint64(len(got)) != l.Committed() {
+			t.Errorf("%d records are read", len(got))
+		}
+	}
+	read()
+	time.Sleep(2 * checkpointInterval)
+	synctest.Wait()
+	read()
+	publishSome()
+	read()
+	mustClose(t, l)
+	l = mustOpen(t, o)
+	read()
+	if last, err := LastIn(OS, own); last != l.Committed() {
+		t.Errorf("the stream ends with record %d, %v", last, err)
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"path/filepath"
 	"time"
 )
@@ -95,6 +96,11 @@ func (r *Reader) fromVM(rec *Record) (bool, error) {
 			return false, nil
 		}
 		return r.fromVM(rec)
+	}
+	if errors.Is(err, fs.ErrNotExist) { // somebody has removed it; the host stream may have it yet
+		v.cursor.close()
+		r.vm = nil
+		return false, nil
 	}
 	damaged := v.cursor.damaged
 	if damaged && v.unsure {

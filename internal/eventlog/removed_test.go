@@ -136,3 +136,21 @@ func testVMStreamRemoved(t *testing.T, what string, together int) {
 		t.Errorf("the stream ends with record %d, %v", last, err)
 	}
 }
+
+// Somebody removes a VM's ids. Those that it gives from then on are known after a restart.
+func TestIDsRemovedWhileOpen(t *testing.T) {
+	o := testOptions(t.TempDir())
+	l := mustOpen(t, o)
+	publish(t, l, "web1", "t", "a", "1")
+	copied(t, l)
+	if err := os.Remove(filepath.Join(o.PerVM.IDDir, "web1.ids")); err != nil {
+		t.Fatal(err)
+	}
+	publish(t, l, "web1", "t", "b", "1")
+	mustClose(t, l)
+	l = mustOpen(t, o)
+	defer mustClose(t, l)
+	if seq := publish(t, l, "web1", "t", "b", "1"); seq != 2 {
+		t.Errorf("a retry is record %d", seq)
+	}
+}

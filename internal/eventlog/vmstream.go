@@ -342,7 +342,11 @@ func (s *vmStream) flushIDs() error {
 	if err != nil {
 		return s.idsFault("opening", err)
 	}
-	_, err = f.WriteAt(s.ids, s.idSize)
+	size, err := f.Size()
+	if err == nil {
+		s.idSize = min(s.idSize, size-size%idEntry) // somebody may have removed or cut it
+		_, err = f.WriteAt(s.ids, s.idSize)
+	}
 	if err = errors.Join(err, f.Close()); err != nil {
 		return s.idsFault("writing", err)
 	}

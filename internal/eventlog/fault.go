@@ -65,9 +65,7 @@ func (l *Log) look(now time.Time) error {
 		c.journal.stale = true // it may be gone likewise, and what it has belongs to the segment
 		err = errors.Join(errRemoved, l.stream.load())
 	case c.journal.gone():
-		if err = c.syncSegment(); err == nil {
-			err = c.journal.renew()
-		}
+		c.journal.taken = true
 	}
 	if err != nil {
 		return &fs.PathError{Op: "write", Path: l.stream.path(c.first), Err: err}

@@ -47,6 +47,9 @@ type journal struct {
 	file File // nil: there is none just now
 	at   int64
 	buf  []byte
+	// taken: somebody has taken the file away, or cut it, so that no start would find what
+	// it has. The next segment has another one.
+	taken bool
 
 	// ahead: the segment's bytes from a commit on, up to the committed size, are
 	// synced in the journal alone. lost: the segment's sync has failed meanwhile, so
@@ -194,6 +197,7 @@ func (j *journal) renew() error {
 		return nil
 	}
 	j.close()
+	j.taken = false
 	if j.boot != "" && !j.lazy {
 		j.stale = true // some of what follows may be done, and then an error come
 		if j.create() == nil {
@@ -240,8 +244,7 @@ func (j *journal) void() error {
 	return nil
 }
 
-// gone tells whether somebody has taken the journal away, or cut it: after a power cut
-// nobody would find what only it has.
+// gone tells whether somebody has taken the journal's file away, or cut it.
 func (j *journal) gone() bool {
 	if j.file == nil {
 		return false
@@ -256,7 +259,7 @@ func (j *journal) gone() bool {
 
 // takes tells whether a commit of n bytes goes to the journal.
 func (j *journal) takes(n int) bool {
-	return j.file != nil && n <= journalMost && j.at+int64(journalHeader+n) <= j.size
+	return j.file != nil && !j.taken && n <= journalMost && j.at+int64(journalHeader+n) <= j.size
 }
 
 // add makes durable that data stands at off in the segment.

@@ -41,7 +41,7 @@ func (l *Log) rotate() error {
 // openNext begins the segment of the next record.
 func (l *Log) openNext() error {
 	c := &l.c
-	if c.journal.file == nil {
+	if c.journal.file == nil || c.journal.taken {
 		if err := c.journal.renew(); err != nil {
 			return err
 		}

@@ -53,19 +53,16 @@ func (p *perVM) passOver(err error) {
 	if time.Since(p.badSince) < asideAfter {
 		return
 	}
-	fsys, ids := p.log.opts.FS, bad.path == p.ids.path(bad.s.vm)
-	var keep []byte
-	if ids {
-		keep, _ = p.ids.read(bad.s.vm, p.ids.window) // that it cannot be written need not mean that it cannot be read
+	if bad.path == p.ids.path(bad.s.vm) && bad.s.shortenIDs() == nil {
+		p.passed[bad.path] = true // that it could not be written need not mean that it cannot be read
+		p.forget()
+		return
 	}
-	name, err := setAside(fsys, bad.path, asideMark)
+	name, err := setAside(p.log.opts.FS, bad.path, asideMark)
 	if err != nil {
 		return // somebody has to help
 	}
 	p.passed[bad.path] = true
-	if len(keep) > 0 {
-		_ = replaceFile(fsys, bad.path, keep) // if not, copying makes it
-	}
 	p.forget()
 	if p.opts.OnAside != nil {
 		p.opts.OnAside(bad.path, name)

@@ -21,17 +21,19 @@ type ownedFS struct {
 	FS
 	path  string
 	owned atomic.Bool
+
+	unreadable bool
 }
 
 func (o *ownedFS) OpenFile(name string, flag int, perm fs.FileMode) (File, error) {
-	if o.owned.Load() && flag&os.O_RDWR != 0 && strings.HasPrefix(name, o.path) {
+	if o.owned.Load() && (flag&os.O_RDWR != 0 || o.unreadable) && (name == o.path || strings.HasPrefix(name, o.path+"/")) {
 		return nil, &fs.PathError{Op: "open", Path: name, Err: syscall.EACCES}
 	}
 	return o.FS.OpenFile(name, flag, perm)
 }
 
 func (o *ownedFS) Rename(from, to string) error {
-	if from == o.path {
+	if from == o.path || to == o.path {
 		o.owned.Store(false)
 	}
 	return o.FS.Rename(from, to)
@@ -41,7 +43,7 @@ func (o *ownedFS) Rename(from, to string) error {
 // their copies, and a start its records; nothing of it is lost, nor is a retry stored twice.
 func TestOneVMsFilesAreSetAside(t *testing.T) {
 	for _, when := range []string{"running", "starting"} {
-		for _, what := range []string{"vm/web1", "ids/web1.ids"} {
+		for _, what := range []string{"vm/web1", "ids/web1.ids", "ids/web1.ids unreadable"} {
 			t.Run(when+" "+what, func(t *testing.T) {
 				bubble.Test(t, func(t *testing.T) { testSetAside(t, when, what) })
 			})
@@ -52,8 +54,9 @@ func TestOneVMsFilesAreSetAside(t *testing.T) {
 func testSetAside(t *testing.T, when, what string) {
 	dir := t.TempDir()
 	o := testOptions(dir)
+	what, unreadable := strings.CutSuffix(what, " unreadable")
 	path := filepath.Join(dir, what)
-	disk := &ownedFS{FS: OS, path: path}
+	disk := &ownedFS{FS: OS, path: path, unreadable: unreadable}
 	o.FS = disk
 	told, asides := make(chan error, 10), make(chan string, 10)
 	o.PerVM.OnError = func(err error) { told <- err }
@@ -90,11 +93,20 @@ func testSetAside(t *testing.T, when, what string) {
 	}
 	time.Sleep(10 * time.Second)
 	synctest.Wait()
-	if len(asides) != 1 || len(told) != 2 || l.State().Degraded != "" {
+	renamed := 1
+	if what == "ids/web1.ids" && !unreadable {
+		renamed = 0
+	}
+	if len(asides) != renamed || len(told) != 2 || l.State().Degraded != "" {
 		t.Fatalf("set aside: %d, told of %d, the log is %+v", len(asides), len(told), l.State())
 	}
-	if name, err, end := <-asides, <-told, <-told; name != path+"~1" || !errors.Is(err, syscall.EACCES) || end != nil {
-		t.Errorf("set aside: %s, told of %v, %v", name, err, end)
+	if err, end := <-told, <-told; !errors.Is(err, syscall.EACCES) || end != nil {
+		t.Errorf("told of %v, %v", err, end)
+	}
+	if renamed > 0 {
+		if name := <-asides; name != path+"~1" {
+			t.Errorf("set aside: %s", name)
+		}
 	}
 	publish(t, l, "web2", "t", "", "3")
 	if seq := publish(t, l, "web1", "t", "a", "1"); seq != 1 {

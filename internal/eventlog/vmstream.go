@@ -326,19 +326,12 @@ func (s *vmStream) flushIDs() error {
 	if len(s.ids) == 0 {
 		return nil
 	}
-	fsys, path, window := s.st.fs, s.p.ids.path(s.vm), int64(s.p.ids.window*idEntry)
-	if s.idSize+int64(len(s.ids)) > 2*window {
-		keep, err := s.p.ids.read(s.vm, s.p.ids.window)
-		if err != nil {
-			return s.idsFault("reading", err)
-		}
-		if err := replaceFile(fsys, path, keep); err != nil {
+	if s.idSize+int64(len(s.ids)) > int64(2*s.p.ids.window*idEntry) {
+		if err := s.shortenIDs(); err != nil {
 			return s.idsFault("shortening", err)
 		}
-		s.idSize = int64(len(keep))
-		s.p.newIDs = true
 	}
-	f, err := fsys.OpenFile(path, os.O_RDWR|os.O_CREATE, filePerm)
+	f, err := s.st.fs.OpenFile(s.p.ids.path(s.vm), os.O_RDWR|os.O_CREATE, filePerm)
 	if err != nil {
 		return s.idsFault("opening", err)
 	}
@@ -353,6 +346,20 @@ func (s *vmStream) flushIDs() error {
 	s.p.newIDs = s.p.newIDs || s.idSize == 0
 	s.idSize += int64(len(s.ids))
 	s.ids = s.ids[:0]
+	return nil
+}
+
+// shortenIDs writes the file anew with what is in the window.
+func (s *vmStream) shortenIDs() error {
+	keep, err := s.p.ids.read(s.vm, s.p.ids.window)
+	if err != nil {
+		return err
+	}
+	if err := replaceFile(s.st.fs, s.p.ids.path(s.vm), keep); err != nil {
+		return err
+	}
+	s.idSize = int64(len(keep))
+	s.p.newIDs = true
 	return nil
 }
 

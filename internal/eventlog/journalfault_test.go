@@ -13,8 +13,6 @@ import (
 	"syscall"
 	"testing"
 	"time"
-
-	"github.com/castrabus/castra/internal/bubble"
 )
 
 // A clean end leaves no journal, and all of it in the segment.
@@ -299,82 +297,6 @@ func TestJournalOnDisk(t *testing.T) {
 			if got := slices.Collect(names(t, filepath.Dir(o.Journal))); slices.Contains(got, "journal") || slices.Contains(got, "journal.tmp") {
 				t.Errorf("left: %v", got)
 			}
-		})
-	}
-}
-
-// toldFS tells of each file that is synced.
-type toldFS struct {
-	FS
-	synced chan string
-}
-
-func (f *toldFS) OpenFile(name string, flag int, perm fs.FileMode) (File, error) {
-	file, err := f.FS.OpenFile(name, flag, perm)
-	return toldFile{file, f, name}, err
-}
-
-type toldFile struct {
-	File
-	fs   *toldFS
-	name string
-}
-
-func (f toldFile) Sync() error {
-	select {
-	case f.fs.synced <- f.name:
-	default:
-	}
-	return f.File.Sync()
-}
-
-// A journal that somebody has removed, renamed or cut short is written no more, or a power
-// cut would take what only it has; the next segment has another one.
-func TestJournalRemovedWhileOpen(t *testing.T) {
-	for name, take := range map[string]func(path string) error{
-		"removed":   os.Remove,
-		"renamed":   func(path string) error { return os.Rename(path, path+".1") },
-		"cut short": func(path string) error { return os.Truncate(path, 0) },
-	} {
-		t.Run(name, func(t *testing.T) {
-			bubble.Test(t, func(t *testing.T) {
-				o := testOptions(t.TempDir())
-				o.Journal, o.SegmentSize, o.PerVM = filepath.Join(filepath.Dir(o.Dir), "journal"), 4096, nil
-				disk := &toldFS{OS, make(chan string, 100)}
-				o.FS = disk
-				l := mustOpen(t, o)
-				defer mustClose(t, l)
-				commit := func(payload string) (synced string) {
-					disk.synced = make(chan string, 100)
-					publish(t, l, "web1", "t", "", payload)
-					return <-disk.synced
-				}
-				commit("1") // the first syncs the room that it takes
-				if got := commit("1"); got != o.Journal {
-					t.Fatalf("a commit syncs %s", got)
-				}
-				if err := take(o.Journal); err != nil {
-					t.Fatal(err)
-				}
-				time.Sleep(lookInterval)
-				for range 2 {
-					if got := commit("1"); filepath.Dir(got) != o.Dir {
-						t.Errorf("a commit syncs %s", got)
-					}
-				}
-				commit(`"` + strings.Repeat("x", 4000) + `"`)
-				commit("1")
-				if got := commit("1"); got != o.Journal {
-					t.Errorf("in the next segment a commit syncs %s", got)
-				}
-				b, err := os.ReadFile(o.Journal)
-				if j, ok := parseJournal(b); err != nil || !ok || bytes.Count(j.data, newline) != 1 || len(b) != journalSize {
-					t.Errorf("%d bytes, %v, beginning with %.200q", len(b), err, b)
-				}
-				if err := take(o.Journal); err != nil { // and so it can be closed
-					t.Fatal(err)
-				}
-			})
 		})
 	}
 }

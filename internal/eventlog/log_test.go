@@ -10,10 +10,6 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
-	"testing/synctest"
-	"time"
-
-	"github.com/castrabus/castra/internal/bubble"
 )
 
 func testOptions(dir string) Options {
@@ -412,95 +408,5 @@ func TestAppendHereKeepsOrder(t *testing.T) {
 		if a, b := first.Entries[0].Seq, second.Entries[0].Seq; a != 1 || b != 2 {
 			t.Errorf("taken %v: what was published first is %d, and second %d", taken, a, b)
 		}
-	}
-}
-
-// Somebody removes segments, to make room, or renames them, as logrotate does, and the
-// newest one with them: what is acknowledged afterwards is there after a restart, under
-// numbers not given before.
-func TestRemovedWhileOpen(t *testing.T) {
-	for _, what := range []string{"newest", "newest renamed", "all", "directory"} {
-		t.Run(what, func(t *testing.T) {
-			bubble.Test(t, func(t *testing.T) {
-				o := testOptions(t.TempDir())
-				o.SegmentSize, o.Recent = 4096, 1 // readers read the files
-				l := mustOpen(t, o)
-				for range 20 {
-					publish(t, l, "web1", "t", "", `"`+strings.Repeat("x", 500)+`"`)
-				}
-				synctest.Wait() // the VM's stream has them
-				segments, err := filepath.Glob(filepath.Join(o.Dir, "*.jsonl"))
-				if err != nil || len(segments) < 3 {
-					t.Fatal(segments, err)
-				}
-				take := os.Remove
-				if strings.HasPrefix(what, "newest") {
-					segments = segments[len(segments)-1:]
-				}
-				if what == "newest renamed" {
-					take = func(name string) error { return os.Rename(name, name+".1") }
-				}
-				for _, name := range segments {
-					if err := take(name); err != nil {
-						t.Fatal(err)
-					}
-				}
-				if what == "directory" {
-					if err := os.RemoveAll(o.Dir); err != nil {
-						t.Fatal(err)
-					}
-				}
-				time.Sleep(lookInterval)
-				_, refused := offer(t, l, "web1", "t", "", `1`)
-				if Cause(refused) != CauseRemoved {
-					t.Fatalf("a segment that is gone: %v", refused)
-				}
-				if what == "directory" {
-					if _, refused := offer(t, l, "web1", "t", "", `1`); refused == nil {
-						t.Fatal("a record was taken with no directory for it")
-					}
-					if err := os.Mkdir(o.Dir, 0o750); err != nil {
-						t.Fatal(err)
-					}
-					time.Sleep(2 * retryInterval)
-				}
-				if seq := publish(t, l, "web1", "t", "", `2`); seq != 21 {
-					t.Errorf("the next record is %d", seq)
-				}
-				if got := l.State().Degraded; got != "" {
-					t.Errorf("the log is %s", got)
-				}
-				if got := newestRead(t, l); got != 21 {
-					t.Errorf("the newest record to be read is %d", got)
-				}
-				mustClose(t, l)
-				l = mustOpen(t, o)
-				defer func() { mustClose(t, l) }()
-				if got := newestRead(t, l); got != 21 {
-					t.Errorf("after a restart the newest record is %d", got)
-				}
-			})
-		})
-	}
-}
-
-// newestRead reads all that there is, gaps or not, and gives the last number.
-func newestRead(t *testing.T, l *Log) (last uint64) {
-	t.Helper()
-	r := l.NewReader(1)
-	defer r.Close()
-	for {
-		var rec Record
-		ok, err := r.Next(&rec)
-		if _, gap := errors.AsType[*Gap](err); gap {
-			continue
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		if !ok {
-			return last
-		}
-		last = rec.Seq
 	}
 }

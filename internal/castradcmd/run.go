@@ -25,6 +25,7 @@ import (
 	"github.com/castrabus/castra/internal/bus"
 	"github.com/castrabus/castra/internal/config"
 	"github.com/castrabus/castra/internal/dbusapi"
+	"github.com/castrabus/castra/internal/eventlog"
 	"github.com/castrabus/castra/internal/flags"
 	"github.com/castrabus/castra/internal/identity"
 	"github.com/castrabus/castra/internal/logging"
@@ -170,6 +171,15 @@ func (d *daemon) begin(ctx context.Context, work *sync.WaitGroup, listeners []ne
 func (d *daemon) warn(cfg config.Host) {
 	for _, w := range cfg.Warnings() {
 		logging.ConfigurationDoubtful.On(d.log).Warn("configuration: " + w)
+	}
+}
+
+// warnOfDisk says so where the event log is on a file system that does not keep what it
+// said was synced.
+func (d *daemon) warnOfDisk() {
+	if dev := eventlog.Unjournaled(d.cfg.Store.LogDir); dev != "" && d.cfg.Store.Sync.Every() >= 0 {
+		logging.StorageDoubtful.On(d.log).Warnf("%s is on ext4 without a journal, where a power cut may take records that were acknowledged; to give it one, unmounted: tune2fs -O has_journal /dev/%s",
+			d.cfg.Store.LogDir, dev)
 	}
 }
 

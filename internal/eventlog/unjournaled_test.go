@@ -1,4 +1,4 @@
-package castradcmd
+package eventlog
 
 import (
 	"errors"

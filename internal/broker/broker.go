@@ -248,16 +248,18 @@ func (b *Broker) wasCut(c eventlog.Cut) {
 }
 
 // Configure changes the settings of a running broker and reads the registry
-// anew; it gives the files that cannot be used. Sessions whose name is gone or
-// whose key has changed end.
+// anew; it gives the files that cannot be used. Sessions whose name is gone, or has
+// another key or one at last, end.
 func (b *Broker) Configure(s Settings) ([]identity.Problem, error) {
 	b.settings.Store(&s)
 	b.configureSessions(&s)
 	b.table.Configure(b.tableOptions(s))
 	before := b.opts.Registry.List()
 	problems, err := b.opts.Registry.Reload()
+	known := make(map[string]bool, len(before))
 	b.admission.Lock()
 	for _, e := range before {
+		known[e.Name] = true
 		now, ok := b.opts.Registry.Lookup(e.Name)
 		if !ok {
 			b.table.Forget(e.Name)
@@ -266,10 +268,13 @@ func (b *Broker) Configure(s Settings) ([]identity.Problem, error) {
 			b.endSession(e.Name, "the VM's registration has changed")
 		}
 	}
-	b.admission.Unlock()
 	for _, e := range b.opts.Registry.List() {
 		b.table.Know(e.Name)
+		if !known[e.Name] && e.Key != nil { // who was let in as a stranger does not have it
+			b.endSession(e.Name, "the VM has a key now")
+		}
 	}
+	b.admission.Unlock()
 	return problems, err
 }
 

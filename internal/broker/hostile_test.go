@@ -2,8 +2,10 @@ package broker
 
 import (
 	"context"
+	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -45,6 +47,46 @@ func TestRevokedDuringTheHandshake(t *testing.T) {
 	}
 	if vms := b.Status(nil).VMs; len(vms) != 1 || vms[0].Reachable {
 		t.Errorf("%+v", vms)
+	}
+}
+
+// A guest that was let in as a stranger goes when its name gets a key, which it has not
+// proved: it would go on hearing what is for the VM.
+func TestStrangerUnderANameThatGetsAKey(t *testing.T) {
+	dir := t.TempDir()
+	b := start(t, testOptions(t, dir))
+	for name, register := range map[string]func(name string) error{
+		"added": func(name string) error {
+			_, _, err := b.AddVM(t.Context(), bus.AddVMRequest{Name: name})
+			return err
+		},
+		"defined": func(name string) error {
+			key := base64.StdEncoding.EncodeToString(make([]byte, 32))
+			if err := errors.Join(os.MkdirAll(dir+"/vms.d", 0o700), os.WriteFile(dir+"/vms.d/"+name+".toml", []byte(`key = "`+key+`"`), 0o600)); err != nil {
+				return err
+			}
+			problems, err := b.Configure(testOptions(t, t.TempDir()).Settings)
+			if len(problems) > 0 {
+				t.Error(problems)
+			}
+			return err
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			stranger, other := connect(t, b.addr, name), connect(t, b.addr, "other")
+			if err := register(name); err != nil {
+				t.Fatal(err)
+			}
+			stranger.expect(`{"type":"error","code":"forbidden"}`)
+			other.send(`{"type":"heartbeat"}`)
+			other.expect(`{"ack":"heartbeat","status":"ok"}`)
+			g := connect(t, b.addr, "keyless-"+name)
+			if _, _, err := b.AddVM(t.Context(), bus.AddVMRequest{Name: "keyless-" + name, NoKey: true}); err != nil {
+				t.Fatal(err)
+			}
+			g.send(`{"type":"heartbeat"}`)
+			g.expect(`{"ack":"heartbeat","status":"ok"}`)
+		})
 	}
 }
 

@@ -78,6 +78,11 @@ func (b *Broker) AddVM(_ context.Context, req bus.AddVMRequest) (created bool, k
 	if err == nil && created {
 		b.table.Know(req.Name)
 		b.table.Admitted(req.Name)
+		if key != nil { // who was let in as a stranger does not have it
+			b.admission.Lock()
+			b.endSession(req.Name, "the VM has a key now")
+			b.admission.Unlock()
+		}
 		logging.VMAdded.On(b.log).WithField("vm", req.Name).Info("VM registered")
 	}
 	return created, key, err

@@ -340,10 +340,20 @@ func (b *Broker) Close() error {
 
 // sweep looks after the deadlines of presence.
 func (b *Broker) sweep() {
+	stoodStill := false
 	for {
-		t := time.NewTimer(b.table.Interval())
+		interval := b.table.Interval()
+		due := time.Now().Add(interval)
+		t := time.NewTimer(interval)
 		select {
 		case <-t.C:
+			// Where castrad itself was stopped, or its machine, who has spoken meanwhile is
+			// heard first. Once: on a machine that is always late silence has an end, too.
+			if late := time.Since(due) > interval; late && !stoodStill {
+				stoodStill = true
+				continue
+			}
+			stoodStill = false
 		case <-b.table.Configured:
 			t.Stop()
 		case <-b.ctx2.Done():

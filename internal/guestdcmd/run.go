@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"os/signal"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -44,6 +45,12 @@ func Main(version string, args []string, stdout, stderr io.Writer) int {
 		return 1
 	}
 	if f.Check {
+		if cfg.Identity.VM != "" { // a credential may win over it, but it can never be right
+			if _, err := (environment{}).name(cfg); err != nil {
+				fmt.Fprintf(stderr, "castra-guestd: %s: %v\n", f.Config, err)
+				return 1
+			}
+		}
 		fmt.Fprintf(stdout, "%s: the configuration is good\n", f.Config)
 		return 0
 	}
@@ -66,6 +73,9 @@ func Main(version string, args []string, stdout, stderr io.Writer) int {
 
 func load(path string) (config.Guest, error) {
 	return config.LoadGuest(path, func(topic string) error {
+		if strings.HasPrefix(topic, "castra.") {
+			return errors.New("topics beginning castra. are heard by the host alone")
+		}
 		_, err := wire.ParsePattern(topic)
 		return err
 	})

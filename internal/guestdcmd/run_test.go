@@ -49,6 +49,9 @@ func TestArguments(t *testing.T) {
 	good := write("good.toml", "[bus]\nsubscribe = [\"vm:self\", \"a.>\"]\n")
 	unknown := write("unknown.toml", "[bus]\n\nspool = 1\n")
 	pattern := write("pattern.toml", "[bus]\nsubscribe = [\"a*\"]\n")
+	forbidden := write("forbidden.toml", "[bus]\nsubscribe = [\"a\", \"castra.presence\"]\n")
+	nameless := write("nameless.toml", "[identity]\nvm = \"-x\"\n")
+	reserved := write("reserved.toml", "[identity]\nvm = \"host\"\n")
 	for _, tt := range []struct {
 		args   []string
 		status int
@@ -60,6 +63,9 @@ func TestArguments(t *testing.T) {
 		{[]string{"--check-config", "--config", good}, 0, good + ": the configuration is good\n", ""},
 		{[]string{"--check-config", "--config", unknown}, 1, "", unknown + ", line 3: bus.spool: unknown key"},
 		{[]string{"--config", pattern, "--check-config"}, 1, "", "bus.subscribe"},
+		{[]string{"--config", forbidden, "--check-config"}, 1, "", forbidden + ", line 2: bus.subscribe: topics beginning castra. are heard by the host alone"},
+		{[]string{"--config", nameless, "--check-config"}, 1, "", nameless + `: vm under [identity] gives "-x", which is no VM's name`},
+		{[]string{"--config", reserved, "--check-config"}, 1, "", reserved + `: vm under [identity] gives "host", which is the host's own name`},
 		{[]string{"--check-config", "--config", dir + "/none"}, 1, "", "castra-guestd: reading the configuration"},
 		{[]string{"--nonsense"}, 2, "", "nonsense"},
 		{[]string{"start"}, 2, "", `unexpected argument "start"`},

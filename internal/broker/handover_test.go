@@ -305,7 +305,12 @@ func TestHandOverRefused(t *testing.T) {
 					Type string
 					Seq  uint64
 				}
-				if err := json.Unmarshal([]byte(f), &d); err != nil {
+				// Without looking at all of it: castrad waits a second for a guest that reads.
+				head, _, long := strings.Cut(f, `,"payload":`)
+				if long {
+					head += "}"
+				}
+				if err := json.Unmarshal([]byte(head), &d); err != nil {
 					t.Fatalf("%.100s, %v", f, err)
 				}
 				if d.Type == "error" {

@@ -213,9 +213,7 @@ func (b *Broker) openLog() error {
 				b.bite(limitVMBytes, vm, "", session.TroubleQueueFull, session.ActionThrottle, "the stream of this VM is full, its oldest records went")
 			},
 			OnError: func(err error) { b.note(partVMStreams, err) },
-			OnAside: func(file, name string) {
-				logging.StateSetAside.On(b.log).WithFields(logrus.Fields{"file": file, "aside": name}).Error("castrad cannot use what is there, and has set it aside")
-			},
+			OnAside: func(file, name string) { noteAside(b.log, file, name) },
 		},
 		OnCommit: b.committed,
 		OnState:  func(s eventlog.State) { b.note(partLog, s.Err) },

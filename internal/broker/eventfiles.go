@@ -35,7 +35,7 @@ func (r *rotated) write(lines []byte) error {
 		}
 		f, moved, err := statefile.Append(r.path, 0o640)
 		if moved != "" {
-			logging.StateSetAside.On(r.log).WithFields(logrus.Fields{"file": r.path, "aside": moved}).Error("castrad cannot use what is there, and has set it aside")
+			noteAside(r.log, r.path, moved)
 		}
 		if err != nil {
 			return err
@@ -57,6 +57,11 @@ func (r *rotated) write(lines []byte) error {
 	}
 	r.size += int64(len(lines))
 	return nil
+}
+
+// noteAside tells the journal that what was at path is called name now.
+func noteAside(log *logrus.Logger, path, name string) {
+	logging.StateSetAside.On(log).WithFields(logrus.Fields{"file": path, "aside": name}).Error("castrad cannot use what is there, and has set it aside")
 }
 
 // follow closes the file if it no longer has its name: somebody removed it to make room,

@@ -109,8 +109,9 @@ func (r *recorder) presence(untold []string) {
 	token.Leave(r.wake)
 }
 
-// reachableFile lists the VMs that were reachable, for a castrad that begins
-// where another ended without a word, or could not store it: the last one said of each that it is.
+// reachableFile lists the VMs that were reachable, for a castrad that begins where
+// another ended without a word, or could not store it: the last one said of each that it
+// is.
 func (r *recorder) reachableFile() string {
 	return filepath.Join(filepath.Dir(r.dir), "reachable.json")
 }

@@ -1,7 +1,6 @@
 package cli
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -75,7 +74,7 @@ func (f *Factory) runExplain(ctx context.Context, name string, asJSON bool) erro
 
 // look gathers what the rungs are judged by.
 func (f *Factory) look(ctx context.Context, name string) (*ladder, error) {
-	l := &ladder{name: name, daemon: cmp.Or(f.Daemon, dbusclient.HostDaemon)}
+	l := &ladder{name: name, daemon: f.daemon()}
 	var err error
 	if l.first, err = f.status(ctx, NoStart, []string{name}); err != nil {
 		if l.absence = f.absence(ctx, err); l.absence == "" {

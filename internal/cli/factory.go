@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"cmp"
 	"context"
 	"io"
 	"io/fs"
@@ -89,6 +90,8 @@ func NewFactory(version string) *Factory {
 	}
 	return f
 }
+
+func (f *Factory) daemon() string { return cmp.Or(f.Daemon, dbusclient.HostDaemon) }
 
 // daemonHere names the daemon of this machine: castrad, unless only a guest's is
 // installed.

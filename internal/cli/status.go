@@ -1,7 +1,6 @@
 package cli
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -110,7 +109,7 @@ func (f *Factory) absence(ctx context.Context, err error) dbusclient.Absence {
 // absent says what the daemon's absence means for a command that needs its answer and
 // may not start it. Other errors stay as they are.
 func (f *Factory) absent(ctx context.Context, err error) error {
-	d := cmp.Or(f.Daemon, dbusclient.HostDaemon)
+	d := f.daemon()
 	switch f.absence(ctx, err) {
 	case dbusclient.Idle:
 		return exitf(ExitNoCastrad, "%s is idle, nobody has connected to its socket yet; start it: systemctl start %s", d, d)

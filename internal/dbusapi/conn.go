@@ -227,8 +227,9 @@ func (c *busConn) nextSerial() uint32 {
 	}
 }
 
-// send encodes m and writes it; goes, if any, is called when its turn has come. A write that fails part of the way leaves the
-// bus waiting for the rest of a message, so it ends the connection.
+// send encodes m and writes it; goes, if any, is called when its turn has come. A write
+// that fails part of the way leaves the bus waiting for the rest of a message, so it ends
+// the connection.
 func (c *busConn) send(m *dbus.Message, serial uint32, goes func()) error {
 	if len(m.Body) > 0 {
 		m.Headers[dbus.FieldSignature] = dbus.MakeVariant(dbus.SignatureOf(m.Body...))

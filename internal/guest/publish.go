@@ -73,8 +73,8 @@ func (a *Agent) check(r *Record) error {
 		return bus.Errorf(bus.CodeBadTopic, "reply %.64q is no topic", r.Reply)
 	case owned && owner != a.id.name:
 		return bus.Errorf(bus.CodeForbidden, "topic %s belongs to another VM; this one is %s, its own topic vm:self", r.Topic, a.id.name)
-	case strings.HasPrefix(r.Topic, "castra."):
-		return bus.Errorf(bus.CodeForbidden, "topics beginning castra. are the host's own; choose another")
+	case strings.HasPrefix(r.Topic, wire.BrokerPrefix):
+		return bus.Errorf(bus.CodeForbidden, "topics beginning %s are the host's own; choose another", wire.BrokerPrefix)
 	case len(r.Payload) > wire.MaxPayload:
 		return bus.Errorf(bus.CodeTooLarge, "a payload takes at most %d bytes without white space, not %d", wire.MaxPayload, len(r.Payload))
 	case r.ID != "" && !wire.ValidID(r.ID):
@@ -106,8 +106,8 @@ func (a *Agent) checkPattern(topic string) error {
 	if owner, owned := p.VM(); owned && owner != a.id.name {
 		return bus.Errorf(bus.CodeForbidden, "topic %s belongs to another VM; this one is %s, its own topic vm:self", topic, a.id.name)
 	}
-	if strings.HasPrefix(topic, "castra.") {
-		return bus.Errorf(bus.CodeForbidden, "topics beginning castra. are heard by the host alone; follow them there")
+	if strings.HasPrefix(topic, wire.BrokerPrefix) {
+		return bus.Errorf(bus.CodeForbidden, "topics beginning %s are heard by the host alone; follow them there", wire.BrokerPrefix)
 	}
 	return nil
 }

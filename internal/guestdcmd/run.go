@@ -73,8 +73,8 @@ func Main(version string, args []string, stdout, stderr io.Writer) int {
 
 func load(path string) (config.Guest, error) {
 	return config.LoadGuest(path, func(topic string) error {
-		if strings.HasPrefix(topic, "castra.") {
-			return errors.New("topics beginning castra. are heard by the host alone")
+		if strings.HasPrefix(topic, wire.BrokerPrefix) {
+			return fmt.Errorf("topics beginning %s are heard by the host alone", wire.BrokerPrefix)
 		}
 		_, err := wire.ParsePattern(topic)
 		return err

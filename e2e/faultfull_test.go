@@ -13,7 +13,6 @@ import (
 	"syscall"
 	"testing"
 
-
 	"github.com/castrabus/castra/internal/bus"
 )
 
@@ -95,6 +94,10 @@ func TestFaultFull(t *testing.T) {
 	l := newLab(t)
 	l.mountSmall(4096)
 	f := l.faults("")
+	const large = 2 << 20 // eventlog's, where the file system has a journal of its own, or is in memory
+	if st, err := os.Stat(l.path("log/bus/journal")); err != nil || st.Size() != large {
+		t.Errorf("the journal: %v, %v", st, err)
+	}
 	var free syscall.Statfs_t
 	if err := syscall.Statfs(l.path("log"), &free); err != nil {
 		t.Fatal(err)

@@ -101,7 +101,7 @@ func (l *Log) abandonFile() error {
 	err = errors.Join(err, f.Truncate(c.size))
 	if c.journal.stale {
 		// A start writes again what the journal has, and the cut gave up the room for it.
-		_ = f.Preallocate(c.size, journalMost)
+		_ = f.Preallocate(c.size, int64(c.journal.room.most))
 	}
 	return errors.Join(err, f.Sync(), f.Close())
 }

@@ -24,13 +24,28 @@ const (
 	journalStart  = len(journalHead) + bootDigits + 1 // the first entry
 	journalHeader = 20 + 1 + 20 + 1 + 10 + 1 + 20 + 1 + crcDigits + 1
 
-	journalSize = 256 << 10
-	// journalMost is the largest commit that goes to the journal: with more the bytes,
-	// which are written twice, cost more than the length.
-	journalMost = 32 << 10
 	// journalRead bounds what is read of a file that may be anything.
 	journalRead = 4 << 20
 )
+
+// journalRoom is how large a journal is, and the largest commit that goes to it, in bytes.
+type journalRoom struct{ size, most int }
+
+// With larger commits the bytes, which are written twice, cost more than what an append
+// has to write besides them: the file's length, and where the file system has a journal of
+// its own, that, too.
+var (
+	largeJournal = journalRoom{2 << 20, 512 << 10}
+	smallJournal = journalRoom{256 << 10, 32 << 10} // for ext4 without a journal
+)
+
+// journalRoomIn gives that of a journal in dir.
+func journalRoomIn(dir string) journalRoom {
+	if Unjournaled(dir) != "" {
+		return smallJournal
+	}
+	return largeJournal
+}
 
 // noBoot in the place of the boot's name says that the segment does not have what
 // the journal has, whichever boot it is.
@@ -41,7 +56,7 @@ type journal struct {
 	fs   FS
 	path string // "": none
 	boot string // this run of the kernel; "": not known, so none is written
-	size int64
+	room journalRoom
 	lazy bool // none is written
 
 	file File // nil: there is none just now
@@ -209,7 +224,7 @@ func (j *journal) renew() error {
 }
 
 func (j *journal) create() error {
-	b := bytes.Repeat(newline, int(j.size)) // no NULs: people read what is in log_dir
+	b := bytes.Repeat(newline, j.room.size) // no NULs: people read what is in log_dir
 	copy(b, journalHead+j.boot+"\n")
 	if err := Replace(j.fs, j.path, b); err != nil {
 		_ = j.fs.Remove(j.path + ".tmp") // it may have taken the last room
@@ -254,12 +269,12 @@ func (j *journal) gone() bool {
 		return removed
 	}
 	size, err := j.file.Size()
-	return err == nil && size < j.size
+	return err == nil && size < int64(j.room.size)
 }
 
 // takes tells whether a commit of n bytes goes to the journal.
 func (j *journal) takes(n int) bool {
-	return j.file != nil && !j.taken && n <= journalMost && j.at+int64(journalHeader+n) <= j.size
+	return j.file != nil && !j.taken && n <= j.room.most && j.at+int64(journalHeader+n) <= int64(j.room.size)
 }
 
 // add makes durable that data stands at off in the segment.

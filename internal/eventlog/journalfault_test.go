@@ -48,7 +48,7 @@ func TestJournalOutlivesASyncThatFails(t *testing.T) {
 			if err := l.finish(); !errors.Is(err, syscall.EIO) {
 				t.Errorf("closing: %v", err)
 			}
-		} else if err := commitOf(l, journalMost); !errors.Is(err, syscall.EIO) {
+		} else if err := commitOf(l, smallJournal.most); !errors.Is(err, syscall.EIO) {
 			t.Errorf("a large record: %v", err)
 		}
 		n.pending, n.durable, n.data = nil, durable, bytes.Clone(durable) // nothing was written
@@ -78,7 +78,7 @@ func TestJournalThatCannotBeMarked(t *testing.T) {
 		}
 		func() {
 			defer func() { _ = recover() }()
-			if err := commitOf(l, journalMost); !errors.Is(err, syscall.EIO) {
+			if err := commitOf(l, smallJournal.most); !errors.Is(err, syscall.EIO) {
 				t.Errorf("a large record: %v", err)
 			}
 		}()
@@ -127,7 +127,7 @@ func TestJournalOfADiskThatFailedAndWentAway(t *testing.T) {
 			}
 			return nil
 		}
-		if err := commitOf(l, journalMost); !errors.Is(err, syscall.EIO) {
+		if err := commitOf(l, smallJournal.most); !errors.Is(err, syscall.EIO) {
 			t.Fatalf("a large record: %v", err)
 		}
 		disk.fault = nil
@@ -217,7 +217,7 @@ func TestJournalOfASyncThatNeverEnded(t *testing.T) {
 		}
 		return nil
 	}
-	killedIn(t, func() { _ = commitOf(l, journalMost) })
+	killedIn(t, func() { _ = commitOf(l, smallJournal.most) })
 	disk.fault = nil
 	if _, rec, err := open(o); err != nil || rec.Last != 4 {
 		t.Errorf("%+v, %v", rec, err)
@@ -290,7 +290,7 @@ func TestJournalOnDisk(t *testing.T) {
 				publish(t, l, "web1", "t", "", "1")
 			}
 			b, err := os.ReadFile(o.Journal)
-			if err != nil || len(b) != journalSize || bytes.IndexByte(b, 0) >= 0 || bytes.Count(b, []byte(`"seq"`)) != 2 {
+			if err != nil || len(b) != smallJournal.size || bytes.IndexByte(b, 0) >= 0 || bytes.Count(b, []byte(`"seq"`)) != 2 {
 				t.Errorf("%d bytes, %v, beginning with %.200q", len(b), err, b)
 			}
 			mustClose(t, l)

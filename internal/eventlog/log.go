@@ -1,10 +1,10 @@
 package eventlog
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -106,7 +106,7 @@ type Options struct {
 	// readers come upon, once; [Verify] finds all of them.
 	OnDamage func(Damage)
 
-	journalSize int64 // 0: journalSize
+	room journalRoom // of the journal; zero: as the file system has it
 }
 
 // State tells how the log is.
@@ -182,6 +182,9 @@ func open(opts Options) (*Log, *Recovery, error) {
 	if opts.Recent == 0 {
 		opts.Recent = 8 << 20
 	}
+	if opts.room == (journalRoom{}) {
+		opts.room = journalRoomIn(filepath.Dir(opts.Journal))
+	}
 	if opts.OnDamage != nil {
 		opts.OnDamage = tellOnce(opts.OnDamage)
 	}
@@ -201,7 +204,7 @@ func open(opts Options) (*Log, *Recovery, error) {
 		around:    make(chan struct{}, 1),
 		turn:      make(chan struct{}, 1),
 	}
-	l.c.journal = journal{fs: opts.FS, path: opts.Journal, boot: bootName(opts.Boot), size: cmp.Or(opts.journalSize, journalSize), lazy: opts.SyncEvery != 0}
+	l.c.journal = journal{fs: opts.FS, path: opts.Journal, boot: bootName(opts.Boot), room: opts.room, lazy: opts.SyncEvery != 0}
 	l.c.syncTimer, l.c.retryTimer, l.c.expireTimer = stoppedTimer(), stoppedTimer(), stoppedTimer()
 	l.state.Store(&State{})
 	l.gate.Store(&stallGate{stalled: make(chan struct{})})

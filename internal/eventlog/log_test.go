@@ -14,7 +14,7 @@ import (
 
 func testOptions(dir string) Options {
 	return Options{
-		Dir: filepath.Join(dir, "host"), SegmentSize: 64 << 10,
+		Dir: filepath.Join(dir, "host"), SegmentSize: 64 << 10, room: smallJournal,
 		PerVM: &PerVMOptions{
 			Dir: filepath.Join(dir, "vm"), IDDir: filepath.Join(dir, "ids"), PositionFile: filepath.Join(dir, "position"),
 			SegmentSize: 64 << 10, Retention: 1 << 20, Sender: "host",

@@ -170,7 +170,7 @@ func TestJournalRemovedWhileOpen(t *testing.T) {
 					t.Errorf("in the next segment a commit syncs %s", got)
 				}
 				b, err := os.ReadFile(o.Journal)
-				if j, ok := parseJournal(b); err != nil || !ok || bytes.Count(j.data, newline) != 1 || len(b) != journalSize {
+				if j, ok := parseJournal(b); err != nil || !ok || bytes.Count(j.data, newline) != 1 || len(b) != smallJournal.size {
 					t.Errorf("%d bytes, %v, beginning with %.200q", len(b), err, b)
 				}
 				if err := take(o.Journal); err != nil { // and so it can be closed

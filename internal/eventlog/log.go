@@ -182,14 +182,14 @@ func open(opts Options) (*Log, *Recovery, error) {
 	if opts.Recent == 0 {
 		opts.Recent = 8 << 20
 	}
-	if opts.room == (journalRoom{}) {
-		opts.room = journalRoomIn(filepath.Dir(opts.Journal))
-	}
 	if opts.OnDamage != nil {
 		opts.OnDamage = tellOnce(opts.OnDamage)
 	}
 	if err := MakeDir(opts.FS, opts.Dir); err != nil {
 		return nil, nil, fmt.Errorf("creating the log's directory: %w", err)
+	}
+	if opts.room == (journalRoom{}) && opts.Journal != "" { // whose directory is there now
+		opts.room = journalRoomIn(filepath.Dir(opts.Journal))
 	}
 	l := &Log{
 		opts:      opts,

@@ -49,7 +49,7 @@ func TestJournalRoom(t *testing.T) {
 		largeJournal:               largeJournal,
 		journalRoomIn(t.TempDir()): {},
 	} {
-		o := testOptions(t.TempDir())
+		o := testOptions(filepath.Join(t.TempDir(), "new")) // as at the first start of all
 		o.Journal, o.room, o.SegmentSize = filepath.Join(filepath.Dir(o.Dir), "journal"), room, 4<<20
 		l := mustOpen(t, o)
 		if st, err := os.Stat(o.Journal); err != nil || st.Size() != int64(want.size) {

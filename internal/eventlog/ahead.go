@@ -37,7 +37,22 @@ func (c *committer) syncChunk() error {
 	}
 	// The clock's time, which is not behind the file's ctime: where that is asked for, the
 	// next write has to change it, and each sync takes as long as that of an append.
-	return c.journal.add(c.first, c.size, time.Now().UnixNano(), c.chunk.data)
+	if err := c.journal.add(c.first, c.size, time.Now().UnixNano(), c.chunk.data); err != nil {
+		return err
+	}
+	c.writeBehind()
+	return nil
+}
+
+// writeBehind has the disk write the segment while the journal takes what comes next: the
+// sync that ends the round would have to wait for all of it.
+func (c *committer) writeBehind() {
+	const step, page = 256 << 10, 4 << 10
+	// The last page is not full yet, and would have to be written once more.
+	if end := (c.size + int64(len(c.chunk.data))) / page * page; end-c.begun >= step {
+		c.file.WriteBack(c.begun, end-c.begun)
+		c.begun = end
+	}
 }
 
 // syncSegment makes durable what is in the segment, whatever the journal has of it, and
@@ -131,7 +146,7 @@ func (l *Log) mend() error {
 // after a sync that failed, no later one writes it (see File.Sync).
 func (l *Log) restore() error {
 	c := &l.c
-	found, err := readJournal(c.journal.file)
+	found, err := c.journal.read()
 	if err != nil {
 		return err
 	}

@@ -23,6 +23,7 @@ type committer struct {
 	size      int64  // its bytes that are committed
 	reserved  int64  // its bytes that blocks are reserved for; -1: the file system cannot
 	backed    int64  // reserved as it was when the segment was synced last
+	begun     int64  // its bytes that the disk has begun to write
 	journal   journal
 	next      uint64    // the number of the next record
 	looked    time.Time // when file was last seen to be there

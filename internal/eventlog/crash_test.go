@@ -88,7 +88,7 @@ func newCrashLife(seed uint64) *crashLife {
 	c.opts.FS, c.opts.SegmentSize, c.opts.Retention, c.opts.Recent = c.disk, 2048, 10<<10, 4096
 	c.opts.PerVM.SegmentSize, c.opts.PerVM.Retention, c.opts.PerVM.idWindow = 1024, 4096, crashIDWindow
 	if rng.IntN(4) > 0 {
-		c.opts.Journal, c.opts.room, c.opts.SegmentSize = "/log/journal", journalRoom{1024 << rng.IntN(3), 32 << 10}, 2048<<rng.IntN(2)
+		c.opts.Journal, c.opts.room, c.opts.SegmentSize = "/log/journal", journalRoom{1024 << rng.IntN(3), 32 << 10, simBlock}, 2048<<rng.IntN(2)
 		c.opts.Recent = 16 << 10 // all that is in the journal, as it is with the sizes of castrad
 	}
 	c.plain = seed%crashKinds != crashLazy && rng.IntN(4) == 0

@@ -246,8 +246,12 @@ func testShortStallIsTold(t *testing.T) {
 		b := &Batch{Entries: []Entry{{VM: "web1", Topic: []byte("t"), Payload: []byte("1")}}}
 		slow.gate = make(chan struct{})
 		slow.shut.Store(true)
+		began := time.Now()
 		if err := l.Append(t.Context(), b); !errors.Is(err, ErrStalled) {
 			t.Fatal(err)
+		}
+		if took := time.Since(began); took != 5*time.Second {
+			t.Errorf("noticed after %v", took)
 		}
 		slow.shut.Store(false)
 		close(slow.gate)
@@ -255,6 +259,10 @@ func testShortStallIsTold(t *testing.T) {
 		waitFor(t, "the stall is over", func() bool { return l.State().Degraded == "" })
 	}
 	time.Sleep(time.Second) // a round that began with the log's own clock at 0 counts one tick less
+	for range 100 {         // rounds that are over in time, and one timer that has seen most of them
+		publish(t, l, "web1", "t", "", "1")
+		time.Sleep(70 * time.Millisecond)
+	}
 	stall()
 	for round := range 3 {
 		for _, want := range []string{CauseStalled, ""} {

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -28,24 +27,13 @@ const (
 	journalRead = 4 << 20
 )
 
-// journalRoom is how large a journal is, and the largest commit that goes to it, in bytes.
-type journalRoom struct{ size, most int }
+// journalRoom is how large a journal is, a multiple of block; the largest commit that goes
+// to it; and what is written of it at least, from a multiple of that on: in bytes.
+type journalRoom struct{ size, most, block int }
 
-// With larger commits the bytes, which are written twice, cost more than what an append
-// has to write besides them: the file's length, and where the file system has a journal of
-// its own, that, too.
-var (
-	largeJournal = journalRoom{2 << 20, 512 << 10}
-	smallJournal = journalRoom{256 << 10, 32 << 10} // for ext4 without a journal
-)
-
-// journalRoomIn gives that of a journal in dir.
-func journalRoomIn(dir string) journalRoom {
-	if Unjournaled(dir) != "" {
-		return smallJournal
-	}
-	return largeJournal
-}
+// wholeJournal is what a log has. Larger commits lose more by being written twice than they
+// gain, and a larger journal gains nothing.
+var wholeJournal = journalRoom{2 << 20, 512 << 10, ioBlock}
 
 // noBoot in the place of the boot's name says that the segment does not have what
 // the journal has, whichever boot it is.
@@ -61,7 +49,8 @@ type journal struct {
 
 	file File // nil: there is none just now
 	at   int64
-	buf  []byte
+	head []byte // the first block as it was written last
+	tail []byte // from the block on in which at is; all before at is in the file
 	// taken: somebody has taken the file away, or cut it, so that no start would find what
 	// it has. The next segment has another one.
 	taken bool
@@ -180,7 +169,7 @@ func (j *journal) open() (found journaled, err error) {
 	j.stale = true // until there is a new one
 	if err == nil {
 		j.file = f
-		found, err = readJournal(f)
+		found, err = j.read()
 	}
 	if err != nil {
 		err = fmt.Errorf("reading the journal %s: %w", j.path, err)
@@ -188,20 +177,18 @@ func (j *journal) open() (found journaled, err error) {
 	return found, err
 }
 
-func readJournal(f File) (journaled, error) {
-	size, err := f.Size()
+func (j *journal) read() (journaled, error) {
+	size, err := j.file.Size()
 	if err != nil {
 		return journaled{}, err
 	}
-	b := make([]byte, min(size, journalRead))
-	n, err := f.ReadAt(b, 0)
-	if errors.Is(err, io.EOF) {
-		err = nil
-	}
-	found, ok := parseJournal(b[:n])
+	b, err := readBlocks(j.file, int(min(size, journalRead)), j.room.block)
+	found, ok := parseJournal(b)
 	if !ok && err == nil {
 		err = errors.New("it is none of version 1")
 	}
+	j.head = alignedBytes(j.room.block)
+	fill(j.head[copy(j.head, b):])
 	return found, err
 }
 
@@ -224,13 +211,17 @@ func (j *journal) renew() error {
 }
 
 func (j *journal) create() error {
-	b := bytes.Repeat(newline, j.room.size) // no NULs: people read what is in log_dir
+	b := make([]byte, j.room.size)
+	fill(b) // no NULs: people read what is in log_dir
 	copy(b, journalHead+j.boot+"\n")
 	if err := Replace(j.fs, j.path, b); err != nil {
 		_ = j.fs.Remove(j.path + ".tmp") // it may have taken the last room
 		return err
 	}
-	f, err := j.fs.OpenFile(j.path, os.O_RDWR, filePerm)
+	j.head = alignedBytes(j.room.block)
+	copy(j.head, b)
+	j.tail = alignedBytes(j.room.block + roundUp(journalHeader+min(j.room.most, j.room.size), j.room.block))
+	f, err := openDirect(j.fs, j.path, j.head)
 	if err != nil {
 		return err
 	}
@@ -240,7 +231,10 @@ func (j *journal) create() error {
 }
 
 // begin begins a round: all that is in the segment is durable there.
-func (j *journal) begin() { j.at, j.ahead = int64(journalStart), false }
+func (j *journal) begin() {
+	j.at, j.ahead = int64(journalStart), false
+	copy(j.tail, j.head)
+}
 
 // void makes durable that a stale journal is gone.
 func (j *journal) void() error {
@@ -277,10 +271,15 @@ func (j *journal) takes(n int) bool {
 	return j.file != nil && !j.taken && n <= j.room.most && j.at+int64(journalHeader+n) <= int64(j.room.size)
 }
 
-// add makes durable that data stands at off in the segment.
+// add makes durable that data stands at off in the segment. Blocks are written as a whole,
+// past the page cache where that can be: a block that holds other entries holds them again.
 func (j *journal) add(segment uint64, off, written int64, data []byte) error {
-	j.buf = appendEntry(j.buf[:0], segment, off, written, data)
-	_, err := j.file.WriteAt(j.buf, j.at)
+	block := j.room.block
+	used := int(j.at) % block
+	end := len(appendEntry(j.tail[:used], segment, off, written, data))
+	n := roundUp(end, block)
+	fill(j.tail[end:n])
+	_, err := j.file.WriteAt(j.tail[:n], j.at-int64(used))
 	if err == nil {
 		err = j.file.Sync()
 	}
@@ -288,7 +287,11 @@ func (j *journal) add(segment uint64, off, written int64, data []byte) error {
 		j.stale = true // it may hold what is about to be refused
 		return fmt.Errorf("writing the journal: %w", err)
 	}
-	j.at, j.ahead = j.at+int64(len(j.buf)), true
+	if j.at < int64(block) {
+		copy(j.head, j.tail)
+	}
+	copy(j.tail, j.tail[end-end%block:end])
+	j.at, j.ahead = j.at+int64(end-used), true
 	return nil
 }
 
@@ -298,7 +301,8 @@ func (j *journal) mark(boot string) error {
 	if j.file == nil {
 		return nil
 	}
-	_, err := j.file.WriteAt([]byte(boot), int64(len(journalHead)))
+	copy(j.head[len(journalHead):], boot)
+	_, err := j.file.WriteAt(j.head, 0)
 	return err
 }
 

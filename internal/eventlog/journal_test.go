@@ -10,6 +10,9 @@ import (
 	"testing"
 )
 
+// smallJournal is a quick one.
+var smallJournal = journalRoom{256 << 10, 32 << 10, ioBlock}
+
 const (
 	thisBoot  = "00112233445566778899aabbccddeeff"
 	otherBoot = "ffeeddccbbaa99887766554433221100"
@@ -62,6 +65,35 @@ func TestParseJournal(t *testing.T) {
 		if got, ok := parseJournal(c.b); ok == c.none || string(got.data) != c.want {
 			t.Errorf("%s: %q, %v", name, got.data, ok)
 		}
+	}
+}
+
+// The journal is as large as it is to be, and takes commits to match.
+func TestJournalRoom(t *testing.T) {
+	for want, room := range map[journalRoom]journalRoom{smallJournal: smallJournal, wholeJournal: {}} {
+		o := testOptions(filepath.Join(t.TempDir(), "new")) // as at the first start of all
+		o.Journal, o.room, o.SegmentSize = filepath.Join(filepath.Dir(o.Dir), "journal"), room, 4<<20
+		l := mustOpen(t, o)
+		if st, err := os.Stat(o.Journal); err != nil || st.Size() != int64(want.size) {
+			t.Fatal(st, err)
+		}
+		has := func() int {
+			b, err := os.ReadFile(o.Journal)
+			if j, ok := parseJournal(b); err == nil && ok {
+				return len(j.data)
+			}
+			t.Fatalf("%v: %.200q", err, b)
+			return 0
+		}
+		for i, size := range []int{1, 1, want.most - recordOverhead, want.most} {
+			before := has()
+			publish(t, l, "web1", "t", "", strings.Repeat("1", size))
+			takes := i == 1 || i == 2 // the first commit syncs the room that it takes
+			if now := has(); (now > before) != takes {
+				t.Errorf("%+v: with a record of %d bytes it has %d and not %d", want, size, now, before)
+			}
+		}
+		mustClose(t, l)
 	}
 }
 

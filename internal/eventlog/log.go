@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -106,7 +105,7 @@ type Options struct {
 	// readers come upon, once; [Verify] finds all of them.
 	OnDamage func(Damage)
 
-	room journalRoom // of the journal; zero: as the file system has it
+	room journalRoom // of the journal; zero: wholeJournal
 }
 
 // State tells how the log is.
@@ -139,6 +138,7 @@ type Log struct {
 	stall     *time.Timer
 	stallMu   sync.Mutex // held where writing and gate change together
 	stuck     func()     // with stallMu: to be called where this write stalls; nil: nothing is
+	watched   bool       // with stallMu: the timer is set
 	state     atomic.Pointer[State]
 	fault     atomic.Pointer[State] // the last one that is still to be reported, over or not
 	changed   chan struct{}         // room for one token: the state is to be reported
@@ -188,8 +188,8 @@ func open(opts Options) (*Log, *Recovery, error) {
 	if err := MakeDir(opts.FS, opts.Dir); err != nil {
 		return nil, nil, fmt.Errorf("creating the log's directory: %w", err)
 	}
-	if opts.room == (journalRoom{}) && opts.Journal != "" { // whose directory is there now
-		opts.room = journalRoomIn(filepath.Dir(opts.Journal))
+	if opts.room == (journalRoom{}) && opts.Journal != "" {
+		opts.room = wholeJournal
 	}
 	l := &Log{
 		opts:      opts,

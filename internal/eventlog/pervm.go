@@ -280,12 +280,14 @@ func (p *perVM) run() {
 		case <-wake:
 			wake = nil
 			gather.Reset(gatherTime)
+			p.notify() // nothing of it is copied yet
 			continue
 		case <-gather.C:
-			wake = p.wake
 			select {
-			case <-wake: // told of what is copied now
+			case <-p.wake:
 			default:
+				wake = p.wake
+				continue
 			}
 		case <-retry.C:
 		case <-checkpoint.C:
@@ -306,6 +308,9 @@ func (p *perVM) run() {
 			return
 		}
 		err := p.goOn()
+		if wake == nil { // who commits need wake nobody while there is something each time
+			gather.Reset(gatherTime)
+		}
 		if p.note(err, retry); err != nil {
 			continue // a position saved before a start is done would be taken at its word
 		}

@@ -9,15 +9,17 @@ import (
 // small enough for a small disk.
 const preallocStep = 4 << 20
 
-// reserve keeps blocks reserved ahead of the data. It is no fault where the
-// file system cannot or the disk is nearly full: the write itself will tell.
+// reserve keeps blocks reserved ahead of the data, for a round of the journal: it ends
+// where they end, by a sync. It is no fault where the file system cannot or the disk is
+// nearly full: the write itself will tell.
 func (l *Log) reserve() {
 	c := &l.c
 	end := c.size + int64(len(c.chunk.data))
-	if c.reserved < 0 || end <= c.reserved {
+	most := max(l.opts.SegmentSize, end)
+	if c.reserved < 0 || min(end+int64(c.journal.room.size), most) <= c.reserved {
 		return
 	}
-	n := min(max(preallocStep, end-c.reserved), max(l.opts.SegmentSize-c.reserved, end-c.reserved))
+	n := min(max(preallocStep, end-c.reserved), most-c.reserved)
 	if err := c.file.Preallocate(c.reserved, n); err != nil {
 		c.reserved = -1
 		return
@@ -55,7 +57,7 @@ func (l *Log) openNext() error {
 	if err := l.stream.syncDir(); err != nil {
 		return errors.Join(err, f.Close())
 	}
-	c.file, c.first, c.size, c.reserved, c.backed = f, c.next, 0, 0, 0
+	c.file, c.first, c.size, c.reserved, c.backed, c.begun = f, c.next, 0, 0, 0, 0
 	l.expire()
 	return nil
 }

@@ -150,7 +150,7 @@ func (d *simDisk) OpenFile(name string, flag int, _ fs.FileMode) (File, error) {
 		}
 		node.resize(0)
 	}
-	return &simFile{d: d, n: node, path: name}, nil
+	return &simFile{d: d, n: node, path: name, direct: flag&syscall.O_DIRECT != 0}, nil
 }
 
 func (d *simDisk) ReadDir(dir string) ([]fs.DirEntry, error) {

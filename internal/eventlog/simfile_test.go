@@ -6,6 +6,7 @@ import (
 	"slices"
 	"syscall"
 	"time"
+	"unsafe"
 )
 
 // simInfo is both what a directory says of a file and what Stat does.
@@ -40,9 +41,26 @@ type simFile struct {
 	d    *simDisk
 	n    *simNode
 	path string
+
+	direct bool // opened with O_DIRECT
+}
+
+// simBlock is what the log has as its block on a simulated disk: small, so that most
+// writes meet the end of one.
+const simBlock = 256
+
+// refuse is what a disk says to an unaligned use of a file opened with O_DIRECT.
+func (f *simFile) refuse(b []byte, off int64) error {
+	if f.direct && (off%simBlock != 0 || len(b)%simBlock != 0 || uintptr(unsafe.Pointer(unsafe.SliceData(b)))%ioBlock != 0) {
+		return syscall.EINVAL
+	}
+	return nil
 }
 
 func (f *simFile) ReadAt(b []byte, off int64) (int, error) {
+	if err := f.refuse(b, off); err != nil {
+		return 0, err
+	}
 	if off >= int64(len(f.n.data)) {
 		return 0, io.EOF
 	}
@@ -54,6 +72,9 @@ func (f *simFile) ReadAt(b []byte, off int64) (int, error) {
 }
 
 func (f *simFile) WriteAt(b []byte, off int64) (int, error) {
+	if err := f.refuse(b, off); err != nil {
+		return 0, err
+	}
 	err := f.d.change("write", f.path)
 	if err == nil && f.d.noRoom && off+int64(len(b)) > max(f.n.reserved, int64(len(f.n.data))) {
 		err = syscall.ENOSPC
@@ -89,6 +110,8 @@ func (f *simFile) Sync() error {
 	}
 	return nil
 }
+
+func (f *simFile) WriteBack(_, _ int64) {} // any of it may survive a crash anyway
 
 func (f *simFile) Preallocate(off, n int64) error {
 	if off+n <= f.n.reserved {

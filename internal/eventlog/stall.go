@@ -24,13 +24,18 @@ func (g *stallGate) shut() bool {
 func (l *Log) beginWrite(stuck func()) {
 	l.stallMu.Lock()
 	l.stuck = stuck
-	l.stallMu.Unlock()
 	l.writing.Store(max(1, int64(time.Since(l.startedAt))))
-	l.stall.Reset(l.opts.StallAfter)
+	arm := !l.watched
+	l.watched = true
+	l.stallMu.Unlock()
+	if arm {
+		l.stall.Reset(l.opts.StallAfter)
+	}
 }
 
+// endWrite leaves the timer as it is: most rounds take less than a change of it costs the
+// processor, which may have to wake another thread for it.
 func (l *Log) endWrite() {
-	l.stall.Stop()
 	l.stallMu.Lock()
 	l.writing.Store(0)
 	l.stuck = nil
@@ -44,14 +49,19 @@ func (l *Log) endWrite() {
 	}
 }
 
-// stalled is called by the timer when a round has taken too long. The lock
-// keeps it from shutting a gate that the end of that round has just left open,
-// which nothing would ever open again.
+// stalled is called by the timer when the round that set it would have taken too long, and
+// again for the one that it finds, if any. The lock keeps it from shutting a gate that the
+// end of that round has just left open, which nothing would ever open again.
 func (l *Log) stalled() {
 	var stuck func()
 	l.stallMu.Lock()
 	gate := l.gate.Load()
-	late := l.Writing() >= l.opts.StallAfter && !gate.shut()
+	writing, left := l.writing.Load() != 0, l.opts.StallAfter-l.Writing()
+	late := left <= 0 && !gate.shut()
+	l.watched = writing && left > 0
+	if l.watched {
+		l.stall.Reset(left)
+	}
 	if late {
 		close(gate.stalled)
 		l.fault.Store(&stalledState)

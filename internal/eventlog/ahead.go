@@ -146,14 +146,14 @@ func (l *Log) mend() error {
 // after a sync that failed, no later one writes it (see File.Sync).
 func (l *Log) restore() error {
 	c := &l.c
-	found, err := c.journal.read()
-	if err != nil {
-		return err
-	}
+	found, err := c.journal.read(nil)
 	// An entry behind the committed size was refused.
 	n := c.size - found.from
 	if found.segment != c.first || n < 1 || n > int64(len(found.data)) {
-		return errors.New("it does not have all of it any more")
+		if err == nil {
+			err = errors.New("it does not have all of it any more")
+		}
+		return err
 	}
 	f, err := l.opts.FS.OpenFile(l.stream.path(c.first), os.O_RDWR, filePerm)
 	if err != nil {

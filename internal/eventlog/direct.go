@@ -31,14 +31,22 @@ func openDirect(fsys FS, path string, first []byte) (File, error) {
 	return fsys.OpenFile(path, os.O_RDWR, filePerm)
 }
 
-// readBlocks gives the first n bytes of f, or what it has of them.
+// readBlocks gives the first n bytes of f, or what can be read of them, in pieces: a disk
+// may give nothing of one that has a bad sector.
 func readBlocks(f File, n, block int) ([]byte, error) {
+	const piece = 16 // blocks
 	b := alignedBytes(roundUp(n, block))
-	got, err := f.ReadAt(b, 0)
-	if got >= n || errors.Is(err, io.EOF) {
-		err = nil
+	for got := 0; got < n; {
+		end := min(got+piece*block, len(b))
+		m, err := f.ReadAt(b[got:end], int64(got))
+		if got += m; got < min(end, n) {
+			if errors.Is(err, io.EOF) {
+				err = nil
+			}
+			return b[:got], err
+		}
 	}
-	return b[:min(got, n)], err
+	return b[:n], nil
 }
 
 // alignedBytes gives n bytes that begin at a multiple of [ioBlock].

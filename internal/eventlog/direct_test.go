@@ -68,7 +68,7 @@ func TestJournalWithoutDirectIO(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		if _, err := l.c.journal.read(); err != nil { // as after a sync that failed
+		if _, err := l.c.journal.read(nil); err != nil { // as after a sync that failed
 			t.Errorf("refused in %q: %v", op, err)
 		}
 		b, err := os.ReadFile(o.Journal)
@@ -150,6 +150,27 @@ func TestRoundOfTheJournal(t *testing.T) {
 	}
 	if last < l.c.size-512<<10 {
 		t.Errorf("of %d bytes the disk is told of %d", l.c.size, last)
+	}
+}
+
+// What is reserved is used up in rounds, too, where the disk has no more.
+func TestRoundOnAFullDisk(t *testing.T) {
+	disk := newSimDisk(rand.New(rand.NewPCG(1, 1)))
+	o := journalOptions(nil)
+	seen := &rounds{FS: disk, dir: o.Dir}
+	o.FS, o.SegmentSize, o.room = seen, 64<<20, wholeJournal
+	l, _, err := open(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for l.c.size < preallocStep-(256<<10) {
+		if err := commitOf(l, 60_000); err != nil {
+			t.Fatal(err)
+		}
+		disk.noRoom = true
+	}
+	if seen.syncs > 3 {
+		t.Errorf("%d syncs of the segment for %d bytes", seen.syncs, l.c.size)
 	}
 }
 

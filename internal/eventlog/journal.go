@@ -167,9 +167,11 @@ func (j *journal) open() (found journaled, err error) {
 		return found, nil
 	}
 	j.stale = true // until there is a new one
+	j.head = alignedBytes(j.room.block)
+	fill(j.head)
 	if err == nil {
 		j.file = f
-		found, err = j.read()
+		found, err = j.read(j.head)
 	}
 	if err != nil {
 		err = fmt.Errorf("reading the journal %s: %w", j.path, err)
@@ -177,7 +179,8 @@ func (j *journal) open() (found journaled, err error) {
 	return found, err
 }
 
-func (j *journal) read() (journaled, error) {
+// read gives what the journal has, as far as it can be read, and its first block to head.
+func (j *journal) read(head []byte) (journaled, error) {
 	size, err := j.file.Size()
 	if err != nil {
 		return journaled{}, err
@@ -187,8 +190,7 @@ func (j *journal) read() (journaled, error) {
 	if !ok && err == nil {
 		err = errors.New("it is none of version 1")
 	}
-	j.head = alignedBytes(j.room.block)
-	fill(j.head[copy(j.head, b):])
+	copy(head, b)
 	return found, err
 }
 

@@ -138,7 +138,12 @@ func journalOptions(fsys FS) Options {
 // left without having been closed.
 func crashed(t *testing.T, disk *simDisk) (l *Log, o Options, segment string) {
 	t.Helper()
-	o = journalOptions(disk)
+	return crashedWith(t, journalOptions(disk))
+}
+
+// crashedWith is crashed of a log with the options o.
+func crashedWith(t *testing.T, o Options) (*Log, Options, string) {
+	t.Helper()
 	l, _, err := open(o)
 	if err != nil {
 		t.Fatal(err)

@@ -169,6 +169,42 @@ func TestRestoreEndsBeforeWhatWasRefused(t *testing.T) {
 	}
 }
 
+// A journal that cannot be read just now is no less for it: what it has is there for the
+// next try, or for the next start. What is behind its entries need not be read at all.
+func TestRestoreFromAJournalWithABadSector(t *testing.T) {
+	for _, bad := range []int64{0, 17 * simBlock} {
+		disk := newSimDisk(rand.New(rand.NewPCG(1, 1)))
+		o := journalOptions(disk)
+		o.room = journalRoom{32 << 10, 4 << 10, simBlock}
+		l, o, segment := crashedWith(t, o)
+		n := nodeOf(t, disk, segment)
+		durable := bytes.Clone(n.durable)
+		disk.badSector = func(path string, off int64, n int) bool {
+			return path == o.Journal && off <= bad && bad < off+int64(n)
+		}
+		disk.fault = func(op, path string) error {
+			if op == "sync" && path == segment {
+				disk.fault = nil
+				n.pending, n.data = nil, bytes.Clone(durable) // nothing was written
+				return syscall.EIO
+			}
+			return nil
+		}
+		if err := commitOf(l, o.room.most); !errors.Is(err, syscall.EIO) {
+			t.Fatalf("a large record: %v", err)
+		}
+		if restored := !l.c.journal.lost; restored != (bad > 0) {
+			t.Errorf("a bad sector at %d: restored %v", bad, restored)
+		}
+		disk.badSector = nil
+		disk.crash(true, false)
+		o.Boot = otherBoot
+		if _, rec, err := open(o); err != nil || rec.Last != 4 || rec.Journal != nil {
+			t.Errorf("a bad sector at %d: %+v, %v", bad, rec, err)
+		}
+	}
+}
+
 // A start that is killed while it writes to the segment again, in the boot in which the
 // disk went away, has not changed it: the next start does it all.
 func TestJournalRedoneAgain(t *testing.T) {

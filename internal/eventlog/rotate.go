@@ -21,7 +21,9 @@ func (l *Log) reserve() {
 	}
 	n := min(max(preallocStep, end-c.reserved), most-c.reserved)
 	if err := c.file.Preallocate(c.reserved, n); err != nil {
-		c.reserved = -1
+		if end > c.reserved || !isFull(err) {
+			c.reserved = -1
+		}
 		return
 	}
 	c.reserved += n

@@ -29,6 +29,8 @@ type simDisk struct {
 
 	fault    func(op, path string) error // an error for an operation; nil: none ever
 	rebooted bool
+	// badSector tells whether n bytes at off cannot be read; nil: all can.
+	badSector func(path string, off int64, n int) bool
 	// noRoom: what is not reserved cannot be written.
 	noRoom bool
 	// ignored is a call of Sync or SyncDir, as syncSite gives it, that does

@@ -61,6 +61,9 @@ func (f *simFile) ReadAt(b []byte, off int64) (int, error) {
 	if err := f.refuse(b, off); err != nil {
 		return 0, err
 	}
+	if f.d.badSector != nil && f.d.badSector(f.path, off, len(b)) {
+		return 0, syscall.EIO
+	}
 	if off >= int64(len(f.n.data)) {
 		return 0, io.EOF
 	}

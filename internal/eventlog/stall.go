@@ -60,7 +60,7 @@ func (l *Log) stalled() {
 	late := left <= 0 && !gate.shut()
 	l.watched = writing && left > 0
 	if l.watched {
-		l.stall.Reset(left)
+		l.stall.Reset(max(left, time.Millisecond)) // whatever the clocks do, it does not spin
 	}
 	if late {
 		close(gate.stalled)

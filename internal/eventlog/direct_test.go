@@ -2,6 +2,7 @@ package eventlog
 
 import (
 	"bytes"
+	"errors"
 	"io/fs"
 	"math/rand/v2"
 	"os"
@@ -75,15 +76,15 @@ func TestJournalWithoutDirectIO(t *testing.T) {
 		if j, ok := parseJournal(b); err != nil || !ok || bytes.Count(j.data, newline) != 2 || len(b) != smallJournal.size {
 			t.Errorf("refused in %q: %d bytes, %v, beginning with %.200q", op, len(b), err, b)
 		}
-		if op == "" {
-			err := l.c.journal.file.(osFile).control("fcntl", func(fd int) error {
+		if f, err := OS.OpenFile(o.Journal, os.O_RDWR|syscall.O_DIRECT, 0); err == nil && op == "" {
+			err = l.c.journal.file.(osFile).control("fcntl", func(fd int) error {
 				flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFL, 0)
 				if flags&unix.O_DIRECT == 0 {
-					t.Logf("%s has no direct I/O", o.Dir)
+					t.Error("there is direct I/O, and it is not in use")
 				}
 				return err
 			})
-			if err != nil {
+			if err = errors.Join(err, f.Close()); err != nil {
 				t.Error(err)
 			}
 		}
@@ -121,16 +122,23 @@ func (f roundsFile) Sync() error {
 
 func (f roundsFile) WriteBack(off, n int64) { f.s.begun = append(f.s.begun, off, off+n) }
 
-// The segment is synced once a round of the journal, for which there are blocks reserved,
-// and the disk has begun to write most of it by then.
-func TestRoundOfTheJournal(t *testing.T) {
+// openRounds opens a log on disk whose rounds are as long as castrad's.
+func openRounds(t *testing.T, disk *simDisk) (*Log, *rounds) {
+	t.Helper()
 	o := journalOptions(nil)
-	seen := &rounds{FS: newSimDisk(rand.New(rand.NewPCG(1, 1))), dir: o.Dir}
+	seen := &rounds{FS: disk, dir: o.Dir}
 	o.FS, o.SegmentSize, o.room = seen, 64<<20, wholeJournal
 	l, _, err := open(o)
 	if err != nil {
 		t.Fatal(err)
 	}
+	return l, seen
+}
+
+// The segment is synced once a round of the journal, for which there are blocks reserved,
+// and the disk has begun to write most of it by then.
+func TestRoundOfTheJournal(t *testing.T) {
+	l, seen := openRounds(t, newSimDisk(rand.New(rand.NewPCG(1, 1))))
 	const record, commits = 60_000, 300
 	const want = 1 + commits/((2<<20)/(record+journalHeader+recordOverhead/4)-1) // the first has nothing reserved yet
 	for range commits {
@@ -156,13 +164,7 @@ func TestRoundOfTheJournal(t *testing.T) {
 // What is reserved is used up in rounds, too, where the disk has no more.
 func TestRoundOnAFullDisk(t *testing.T) {
 	disk := newSimDisk(rand.New(rand.NewPCG(1, 1)))
-	o := journalOptions(nil)
-	seen := &rounds{FS: disk, dir: o.Dir}
-	o.FS, o.SegmentSize, o.room = seen, 64<<20, wholeJournal
-	l, _, err := open(o)
-	if err != nil {
-		t.Fatal(err)
-	}
+	l, seen := openRounds(t, disk)
 	for l.c.size < preallocStep-(256<<10) {
 		if err := commitOf(l, 60_000); err != nil {
 			t.Fatal(err)

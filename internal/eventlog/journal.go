@@ -213,8 +213,7 @@ func (j *journal) renew() error {
 }
 
 func (j *journal) create() error {
-	b := make([]byte, j.room.size)
-	fill(b) // no NULs: people read what is in log_dir
+	b := bytes.Repeat(newline, j.room.size) // no NULs: people read what is in log_dir
 	copy(b, journalHead+j.boot+"\n")
 	if err := Replace(j.fs, j.path, b); err != nil {
 		_ = j.fs.Remove(j.path + ".tmp") // it may have taken the last room

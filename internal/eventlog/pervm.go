@@ -308,7 +308,7 @@ func (p *perVM) run() {
 			return
 		}
 		err := p.goOn()
-		if wake == nil { // who commits need wake nobody while there is something each time
+		if wake == nil { // who commits has nobody to wake while there is something each time
 			gather.Reset(gatherTime)
 		}
 		if p.note(err, retry); err != nil {

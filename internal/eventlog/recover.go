@@ -106,7 +106,7 @@ func (l *Log) recover() (*Recovery, error) {
 		_ = l.fail(late)
 		return rec, f.Close()
 	}
-	l.c.file, l.c.reserved = f, t.end
+	l.c.file, l.c.reserved, l.c.begun = f, t.end, t.end
 	return rec, nil
 }
 

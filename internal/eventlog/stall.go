@@ -25,12 +25,11 @@ func (l *Log) beginWrite(stuck func()) {
 	l.stallMu.Lock()
 	l.stuck = stuck
 	l.writing.Store(max(1, int64(time.Since(l.startedAt))))
-	arm := !l.watched
-	l.watched = true
-	l.stallMu.Unlock()
-	if arm {
+	if !l.watched {
+		l.watched = true
 		l.stall.Reset(l.opts.StallAfter)
 	}
+	l.stallMu.Unlock()
 }
 
 // endWrite leaves the timer as it is: most rounds take less than a change of it costs the

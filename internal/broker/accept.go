@@ -4,6 +4,7 @@ import (
 	"container/list"
 	"errors"
 	"net"
+	"os"
 	"sync"
 	"syscall"
 	"time"
@@ -24,20 +25,23 @@ const (
 
 // accept takes in every connection, and waits for none.
 func (b *Broker) accept(l *listener) {
+	lobby := make(chan arrival, b.files.lobby()) // whoever waits in it is not in the kernel's queue
+	defer close(lobby)
+	b.guests.Go(func() { b.greet(lobby) })
 	var told time.Time
-	ended := b.guests.Done // one for all of them
 	for {
 		conn, err := l.Accept()
 		switch {
 		case err == nil:
 			b.guests.Add(1)
-			b.serve(conn, ended)
-			if wait := b.acceptTurn(); wait > 0 {
-				time.Sleep(wait) // a millisecond or so: nobody notices
-			}
+			lobby <- arrival{conn: conn}
+			b.holdDoor(lobby)
 		case errors.Is(err, net.ErrClosed):
 			return
-		case l.answer(err):
+		case errors.Is(err, os.ErrDeadlineExceeded):
+			if asked := l.question(); asked != nil {
+				lobby <- arrival{asked: asked}
+			}
 		default:
 			if time.Since(told) >= acceptLog {
 				told = time.Now()
@@ -56,6 +60,50 @@ func (b *Broker) accept(l *listener) {
 				return
 			}
 		}
+	}
+}
+
+// arrival is a connection that waits to be greeted, or the watchdog's question whether
+// those are.
+type arrival struct {
+	conn  net.Conn
+	asked chan struct{} // closed in answer; nil: it is a connection
+}
+
+// greet serves who is in the lobby until nobody is to come any more.
+//
+// It is not done by who accepts: when castrad is back, all its guests connect within a
+// fifth of a second, and a greeting takes several times as long as an accept. The
+// kernel's queue would be full meanwhile, whose guests try again a second later, or, if
+// only their last word was not heard, hold themselves connected and wait for a greeting
+// that never comes (listen(2), tcp_abort_on_overflow in tcp(7)).
+func (b *Broker) greet(lobby <-chan arrival) {
+	ended := b.guests.Done // one for all of them
+	for a := range lobby {
+		switch {
+		case a.asked != nil:
+			close(a.asked)
+		case b.ctx.Err() != nil: // nothing is owed to who has no session
+			_ = a.conn.Close()
+			ended()
+		default:
+			b.serve(a.conn, ended)
+			if rest := b.acceptTurn(); rest > 0 {
+				backoff.Sleep(b.ctx, rest) // a millisecond or so: nobody notices
+			}
+		}
+	}
+}
+
+// holdDoor waits until the lobby is empty if there are too many strangers: an honest
+// guest would have to wait for twice as many of them.
+func (b *Broker) holdDoor(lobby <-chan arrival) {
+	for len(lobby) > 0 && b.ctx.Err() == nil {
+		rest := b.tooManyStrangers()
+		if rest <= 0 {
+			return
+		}
+		backoff.Sleep(b.ctx, rest)
 	}
 }
 

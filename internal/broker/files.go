@@ -16,12 +16,17 @@ func openFiles() fileBudget {
 	return fileBudget{int(r.Cur)}
 }
 
-// Half is for sessions, of many descriptors nearly three quarters, and an eighth for
-// handshakes; what is left is for the log's files, the VMs' streams, tails and D-Bus,
-// and for connections that are being closed. With the 65,536 of castrad.service neither
-// bites below its default.
+// Half is for sessions, of many descriptors nearly three quarters, and an eighth each for
+// handshakes and for those that wait to be greeted; what is left is for the log's files,
+// the VMs' streams, tails and D-Bus, and for connections that are being closed. With the
+// 65,536 of castrad.service none bites below its default.
 func (f fileBudget) sessions(limit int) int   { return capped(limit, max(f.total/2, f.total/4*3-1024)) }
 func (f fileBudget) handshakes(limit int) int { return capped(limit, f.total/8) }
+func (f fileBudget) lobby() int               { return capped(lobbySeats, f.total/8) }
+
+// lobbySeats and the kernel's queue of 4096 (net.core.somaxconn since Linux 5.4) have
+// room for ten thousand guests that come at once.
+const lobbySeats = 8192
 
 func capped(limit, most int) int {
 	if limit <= 0 {

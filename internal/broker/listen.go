@@ -138,7 +138,7 @@ func (l *tcpListener) Close() error {
 	return l.file.Close()
 }
 
-// ping returns when the accept loop has answered.
+// ping returns when who accepts, and then who greets, has come to it.
 func (l *listener) ping(ctx context.Context) error {
 	d, ok := l.Listener.(interface{ SetDeadline(time.Time) error })
 	if !ok {
@@ -161,18 +161,16 @@ func (l *listener) ping(ctx context.Context) error {
 	}
 }
 
-// answer answers a ping if Accept failed because of one.
-func (l *listener) answer(err error) bool {
-	if !errors.Is(err, os.ErrDeadlineExceeded) {
-		return false
-	}
+// question gives what a ping, which made Accept fail, wants closed in answer; nil if it
+// has given up already.
+func (l *listener) question() chan struct{} {
 	if d, ok := l.Listener.(interface{ SetDeadline(time.Time) error }); ok {
 		_ = d.SetDeadline(time.Time{})
 	}
 	select {
-	case a := <-l.asked:
-		close(a)
+	case asked := <-l.asked:
+		return asked
 	default:
+		return nil
 	}
-	return true
 }

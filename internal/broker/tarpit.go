@@ -26,10 +26,13 @@ var (
 
 const tarpitDelay = 250 * time.Millisecond
 
-// acceptTurn is how long to wait before the next connection is accepted.
+// acceptTurn is how long to wait before the next connection is greeted.
 func (b *Broker) acceptTurn() time.Duration {
 	return b.strangers.Spend(strangers, 1, time.Now())
 }
+
+// tooManyStrangers is for how long there are, 0 if not.
+func (b *Broker) tooManyStrangers() time.Duration { return b.strangers.Spend(strangers, 0, time.Now()) }
 
 // acceptable gives back what a connection took that got a session.
 func (b *Broker) acceptable() { b.strangers.Spend(strangers, -1, time.Now()) }

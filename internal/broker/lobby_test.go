@@ -1,0 +1,208 @@
+package broker
+
+import (
+	"context"
+	"errors"
+	"net"
+	"os"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/castrabus/castra/internal/bubble"
+	"github.com/castrabus/castra/internal/session"
+)
+
+// crowd is a listener at which a number of connections wait, the first of which keeps
+// who greets it until it is let go.
+type crowd struct {
+	waiting  chan session.Conn
+	accepted atomic.Int32
+	greeted  atomic.Int32
+	gone     atomic.Int32
+	resumed  atomic.Int32
+	letGo    func()
+	held     chan struct{} // closed by letGo
+
+	mu     sync.Mutex
+	wake   chan struct{} // closed when Accept is to fail
+	closed bool
+}
+
+func newCrowd(t *testing.T, n int) *crowd {
+	c := &crowd{waiting: make(chan session.Conn, n), held: make(chan struct{}), wake: make(chan struct{})}
+	c.letGo = sync.OnceFunc(func() { close(c.held) })
+	t.Cleanup(c.letGo) // a broker that is closed waits for who greets
+	for range n {
+		c.waiting <- &visitor{of: c}
+	}
+	return c
+}
+
+func (c *crowd) Accept() (net.Conn, error) {
+	c.mu.Lock()
+	wake, closed := c.wake, c.closed
+	c.mu.Unlock()
+	if closed {
+		return nil, net.ErrClosed
+	}
+	select {
+	case <-wake:
+		return nil, os.ErrDeadlineExceeded
+	default:
+	}
+	select {
+	case v := <-c.waiting:
+		c.accepted.Add(1)
+		return v, nil
+	case <-wake:
+		return nil, os.ErrDeadlineExceeded
+	}
+}
+
+func (c *crowd) SetDeadline(t time.Time) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if t.IsZero() {
+		c.wake = make(chan struct{})
+		c.resumed.Add(1)
+	} else {
+		close(c.wake)
+	}
+	return nil
+}
+
+func (c *crowd) Close() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed {
+		return net.ErrClosed
+	}
+	c.closed = true
+	close(c.wake)
+	return nil
+}
+
+func (c *crowd) Addr() net.Addr { return &net.UnixAddr{Name: "crowd", Net: "unix"} }
+
+// visitor is a connection that breaks when it is greeted.
+type visitor struct {
+	session.Conn
+	of *crowd
+}
+
+func (v *visitor) RemoteAddr() net.Addr { return v.of.Addr() }
+
+func (v *visitor) SyscallConn() (syscall.RawConn, error) {
+	v.of.greeted.Add(1)
+	<-v.of.held
+	return nil, errors.New("broken")
+}
+
+func (v *visitor) Close() error {
+	v.of.gone.Add(1)
+	return nil
+}
+
+// Who waits to be greeted does not wait in the kernel's queue, which would be full.
+func TestAcceptIsAheadOfGreetings(t *testing.T) {
+	b := start(t, testOptions(t, t.TempDir()))
+	const n = 1000
+	c := newCrowd(t, n)
+	b.Serve(c)
+	eventually(t, "all are accepted", func() bool { return c.accepted.Load() == n })
+	if got := c.greeted.Load(); got != 1 {
+		t.Errorf("%d were greeted and not 1", got)
+	}
+	c.letGo()
+	eventually(t, "all have been greeted", func() bool { return c.greeted.Load() == n && c.gone.Load() == n })
+}
+
+// Too many strangers wait in the kernel's queue, and not in two: the door opens when the
+// lobby is empty or nothing is owed any more.
+func TestDoorIsHeld(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
+		for _, c := range []struct {
+			name            string
+			waiting, beyond int
+			want            time.Duration
+		}{
+			{"few strangers", 1, 0, 0},
+			{"too many, and somebody waits", 1, 2000, time.Second},
+			{"too many, and nobody waits", 0, 2000, 0},
+		} {
+			b := &Broker{ctx: t.Context()}
+			b.strangers.Spend(strangers, int(strangers.Burst)+c.beyond, time.Now())
+			lobby := make(chan arrival, 1)
+			for range c.waiting {
+				lobby <- arrival{}
+			}
+			began := time.Now()
+			b.holdDoor(lobby)
+			if got := time.Since(began).Round(time.Millisecond); got != c.want {
+				t.Errorf("%s: held for %v, not %v", c.name, got, c.want)
+			}
+		}
+	})
+}
+
+// Accepting stops then with whoever waits in the lobby, the first of whom is being greeted.
+func TestAcceptStopsAtTheDoor(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
+		b := &Broker{ctx: t.Context(), files: openFiles()}
+		b.sessions.Store(&session.Options{HandshakeTimeout: time.Hour})
+		b.strangers.Spend(strangers, 1e6, time.Now())
+		c := newCrowd(t, 10)
+		b.guests.Go(func() { b.accept(newListener(c)) })
+		synctest.Wait()
+		if got := c.accepted.Load(); got > 2 {
+			t.Errorf("%d were accepted, not 2 at most", got)
+		}
+		_ = c.Close()
+		c.letGo()
+		b.guests.Wait()
+	})
+}
+
+// Whoever has not been greeted when the broker ends is not greeted any more, and nobody
+// is left behind.
+func TestCloseEmptiesTheLobby(t *testing.T) {
+	b := start(t, testOptions(t, t.TempDir()))
+	const n = 100
+	c := newCrowd(t, n)
+	b.Serve(c)
+	eventually(t, "all are accepted", func() bool { return c.accepted.Load() == n })
+	done := make(chan error, 1) // one result
+	go func() { done <- b.Close() }()
+	<-b.ctx.Done()
+	c.letGo()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	if c.greeted.Load() != 1 || c.gone.Load() != n {
+		t.Errorf("%d greeted and %d closed, not 1 and %d", c.greeted.Load(), c.gone.Load(), n)
+	}
+}
+
+// The watchdog sees when greetings stand still.
+func TestPingGoesThroughTheLobby(t *testing.T) {
+	b := start(t, testOptions(t, t.TempDir()))
+	c := newCrowd(t, 1)
+	b.Serve(c)
+	eventually(t, "the first is being greeted", func() bool { return c.greeted.Load() == 1 })
+	ctx, cancel := context.WithCancel(t.Context())
+	pinged := make(chan error, 1) // one result
+	go func() { pinged <- b.Ping(ctx) }()
+	eventually(t, "who accepts has heard the question", func() bool { return c.resumed.Load() == 1 })
+	cancel()
+	if err := <-pinged; !errors.Is(err, context.Canceled) {
+		t.Errorf("while nobody is greeted: %v", err)
+	}
+	c.letGo()
+	if err := b.Ping(t.Context()); err != nil {
+		t.Error(err)
+	}
+}

@@ -60,7 +60,11 @@ func Main(version string, args []string, stdout, stderr io.Writer) int {
 	if f.Debug {
 		level = logrus.DebugLevel
 	}
-	d := &daemon{version: version, path: f.Config, cfg: cfg, log: logging.New(level), changed: make(chan struct{}, 1)}
+	log := logging.New(level)
+	if err := relaxTimers(); err != nil {
+		log.WithError(err).Debug("castrad does without")
+	}
+	d := &daemon{version: version, path: f.Config, cfg: cfg, log: log, changed: make(chan struct{}, 1)}
 	if err := d.run(); err != nil {
 		logging.Failed.On(d.log).WithError(err).Error("castrad ends")
 		return 1

@@ -10,7 +10,7 @@ const (
 	// readUpFor is how long a session that reads up may go on while others live on what
 	// is committed meanwhile, and readUpRest how long it then leaves the processors to
 	// them: one that reads as fast as it can takes a whole one, and its guest another.
-	readUpFor  = 300 * time.Microsecond
+	readUpFor  = 200 * time.Microsecond
 	readUpRest = time.Millisecond
 
 	// livelyFor is how long after a commit somebody counts as waiting for the next.

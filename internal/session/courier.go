@@ -8,9 +8,11 @@ import (
 	"time"
 )
 
-// Couriers deliver to sessions: as many goroutines as there are processors, which take
-// the sessions that have something to hear in turn. A goroutine for each session and
-// record costs as much as the delivery itself, where a thousand hear the same.
+// Couriers deliver to sessions: half as many goroutines as there are processors, which
+// take the sessions that have something to hear in turn. A goroutine for each session and
+// record costs as much as the delivery itself, where a thousand hear the same; and those
+// who hear it run on the same host, so that couriers on all processors stand in the way
+// of whom they deliver to.
 //
 // A courier never waits for one session while others have something to hear: before
 // it waits, for a disk or for a guest, another takes its place among the Couriers, and
@@ -36,7 +38,7 @@ func NewCouriers() *Couriers {
 // Run delivers until ctx is done, which must not be before all sessions have ended. One
 // goroutine calls it, once.
 func (c *Couriers) Run(ctx context.Context) {
-	for range runtime.GOMAXPROCS(0) {
+	for range max(1, runtime.GOMAXPROCS(0)/2) {
 		c.all.Go(c.work)
 	}
 	<-ctx.Done()

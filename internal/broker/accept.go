@@ -23,25 +23,23 @@ const (
 	acceptLog = time.Minute
 )
 
-// accept takes in every connection, and waits for none.
+// accept takes in every connection. Who greets them keeps it waiting only where there are
+// too many strangers.
 func (b *Broker) accept(l *listener) {
-	lobby := make(chan arrival, b.files.lobby()) // whoever waits in it is not in the kernel's queue
-	defer close(lobby)
-	b.guests.Go(func() { b.greet(lobby) })
+	lobby := newLobby(b.room)
+	defer close(lobby.seats)
+	b.guests.Go(func() { b.greet(l, lobby) })
 	var told time.Time
 	for {
 		conn, err := l.Accept()
 		switch {
 		case err == nil:
 			b.guests.Add(1)
-			lobby <- arrival{conn: conn}
-			b.holdDoor(lobby)
+			b.usher(l, lobby, conn)
 		case errors.Is(err, net.ErrClosed):
 			return
 		case errors.Is(err, os.ErrDeadlineExceeded):
-			if asked := l.question(); asked != nil {
-				lobby <- arrival{asked: asked}
-			}
+			l.heard(lobby.questions)
 		default:
 			if time.Since(told) >= acceptLog {
 				told = time.Now()
@@ -60,50 +58,6 @@ func (b *Broker) accept(l *listener) {
 				return
 			}
 		}
-	}
-}
-
-// arrival is a connection that waits to be greeted, or the watchdog's question whether
-// those are.
-type arrival struct {
-	conn  net.Conn
-	asked chan struct{} // closed in answer; nil: it is a connection
-}
-
-// greet serves who is in the lobby until nobody is to come any more.
-//
-// It is not done by who accepts: when castrad is back, all its guests connect within a
-// fifth of a second, and a greeting takes several times as long as an accept. The
-// kernel's queue would be full meanwhile, whose guests try again a second later, or, if
-// only their last word was not heard, hold themselves connected and wait for a greeting
-// that never comes (listen(2), tcp_abort_on_overflow in tcp(7)).
-func (b *Broker) greet(lobby <-chan arrival) {
-	ended := b.guests.Done // one for all of them
-	for a := range lobby {
-		switch {
-		case a.asked != nil:
-			close(a.asked)
-		case b.ctx.Err() != nil: // nothing is owed to who has no session
-			_ = a.conn.Close()
-			ended()
-		default:
-			b.serve(a.conn, ended)
-			if rest := b.acceptTurn(); rest > 0 {
-				backoff.Sleep(b.ctx, rest) // a millisecond or so: nobody notices
-			}
-		}
-	}
-}
-
-// holdDoor waits until the lobby is empty if there are too many strangers: an honest
-// guest would have to wait for twice as many of them.
-func (b *Broker) holdDoor(lobby <-chan arrival) {
-	for len(lobby) > 0 && b.ctx.Err() == nil {
-		rest := b.tooManyStrangers()
-		if rest <= 0 {
-			return
-		}
-		backoff.Sleep(b.ctx, rest)
 	}
 }
 

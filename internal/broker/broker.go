@@ -96,6 +96,8 @@ type Broker struct {
 	acked      ackMemory
 	leftBehind atomic.Int64 // names on disk that nobody registered, when it was last looked
 	strangers  presence.Bucket
+	early      presence.Bucket
+	room       chan struct{} // of the lobbies; as many tokens as seats
 	refusals   presence.Bucket
 	limited    limitCounts
 	shares     shares
@@ -130,6 +132,7 @@ func Open(opts Options) (*Broker, error) {
 	b.table = presence.New(b.tableOptions(settings))
 	b.topics.init()
 	b.handshakes.max = b.files.handshakes(opts.MaxHandshakes)
+	b.room = make(chan struct{}, b.files.lobby())
 	b.health.changed = make(chan struct{}, 1)
 	var err error
 	if b.records, err = openRecorder(filepath.Join(opts.StateDir, "handshakes"), b.table, opts.Log); err != nil {

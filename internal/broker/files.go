@@ -24,8 +24,8 @@ func (f fileBudget) sessions(limit int) int   { return capped(limit, max(f.total
 func (f fileBudget) handshakes(limit int) int { return capped(limit, f.total/8) }
 func (f fileBudget) lobby() int               { return capped(lobbySeats, f.total/8) }
 
-// lobbySeats and the kernel's queue of 4096 (net.core.somaxconn since Linux 5.4) have
-// room for ten thousand guests that come at once.
+// lobbySeats and the kernel's queue of 4096 (net.core.somaxconn since Linux 5.4) are
+// enough for ten thousand guests that come at once.
 const lobbySeats = 8192
 
 func capped(limit, most int) int {

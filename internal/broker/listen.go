@@ -18,7 +18,8 @@ import (
 type listener struct {
 	net.Listener
 	// asked has room for one question: there is one watchdog.
-	asked chan chan struct{}
+	asked  chan chan struct{}
+	closed atomic.Bool
 }
 
 func newListener(ln net.Listener) *listener {
@@ -161,16 +162,20 @@ func (l *listener) ping(ctx context.Context) error {
 	}
 }
 
-// question gives what a ping, which made Accept fail, wants closed in answer; nil if it
-// has given up already.
-func (l *listener) question() chan struct{} {
+// heard passes a ping on, which made Accept fail.
+func (l *listener) heard(to chan<- chan struct{}) {
 	if d, ok := l.Listener.(interface{ SetDeadline(time.Time) error }); ok {
 		_ = d.SetDeadline(time.Time{})
 	}
 	select {
 	case asked := <-l.asked:
-		return asked
-	default:
-		return nil
+		to <- asked
+	default: // it was heard without
 	}
+}
+
+// Close closes the socket. Who waits is not greeted any more.
+func (l *listener) Close() error {
+	l.closed.Store(true)
+	return l.Listener.Close()
 }

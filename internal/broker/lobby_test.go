@@ -9,7 +9,6 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/castrabus/castra/internal/bubble"
@@ -110,8 +109,8 @@ func (v *visitor) Close() error {
 // Who waits to be greeted does not wait in the kernel's queue, which would be full.
 func TestAcceptIsAheadOfGreetings(t *testing.T) {
 	b := start(t, testOptions(t, t.TempDir()))
-	const n = 1000
-	c := newCrowd(t, n)
+	n := int32(cap(b.room))
+	c := newCrowd(t, int(n))
 	b.Serve(c)
 	eventually(t, "all are accepted", func() bool { return c.accepted.Load() == n })
 	if got := c.greeted.Load(); got != 1 {
@@ -121,50 +120,44 @@ func TestAcceptIsAheadOfGreetings(t *testing.T) {
 	eventually(t, "all have been greeted", func() bool { return c.greeted.Load() == n && c.gone.Load() == n })
 }
 
-// Too many strangers wait in the kernel's queue, and not in two: the door opens when the
-// lobby is empty or nothing is owed any more.
-func TestDoorIsHeld(t *testing.T) {
+// Who keeps coming without getting anywhere waits in the kernel's queue, and not in two: the
+// lobby is empty in a flood that lasts, at the rate that strangers have.
+func TestLobbyInAFlood(t *testing.T) {
 	bubble.Test(t, func(t *testing.T) {
-		for _, c := range []struct {
-			name            string
-			waiting, beyond int
-			want            time.Duration
-		}{
-			{"few strangers", 1, 0, 0},
-			{"too many, and somebody waits", 1, 2000, time.Second},
-			{"too many, and nobody waits", 0, 2000, 0},
-		} {
-			b := &Broker{ctx: t.Context()}
-			b.strangers.Spend(strangers, int(strangers.Burst)+c.beyond, time.Now())
-			lobby := make(chan arrival, 1)
-			for range c.waiting {
-				lobby <- arrival{}
+		b := &Broker{ctx: t.Context(), room: make(chan struct{}, 100)}
+		b.sessions.Store(&session.Options{HandshakeTimeout: time.Hour})
+		const n = 40_000
+		c := newCrowd(t, n)
+		c.letGo()
+		l := newListener(c)
+		b.guests.Go(func() { b.accept(l) })
+		time.Sleep(10 * time.Second) // in which those that may come early have
+		began := c.greeted.Load()
+		for range 1000 {
+			time.Sleep(time.Millisecond)
+			if most := int32(2); c.accepted.Load()-c.greeted.Load() > most {
+				t.Fatalf("%d wait to be greeted", c.accepted.Load()-c.greeted.Load())
 			}
-			began := time.Now()
-			b.holdDoor(lobby)
-			if got := time.Since(began).Round(time.Millisecond); got != c.want {
-				t.Errorf("%s: held for %v, not %v", c.name, got, c.want)
-			}
+		}
+		if got := float64(c.greeted.Load() - began); got < strangers.Records*0.9 || got > strangers.Records*1.1 {
+			t.Errorf("%v were greeted in a second", got)
+		}
+		_ = l.Close()
+		b.guests.Wait()
+		if c.gone.Load() != c.accepted.Load() {
+			t.Errorf("%d of %d are closed", c.gone.Load(), c.accepted.Load())
 		}
 	})
 }
 
-// Accepting stops then with whoever waits in the lobby, the first of whom is being greeted.
-func TestAcceptStopsAtTheDoor(t *testing.T) {
-	bubble.Test(t, func(t *testing.T) {
-		b := &Broker{ctx: t.Context(), files: openFiles()}
-		b.sessions.Store(&session.Options{HandshakeTimeout: time.Hour})
-		b.strangers.Spend(strangers, 1e6, time.Now())
-		c := newCrowd(t, 10)
-		b.guests.Go(func() { b.accept(newListener(c)) })
-		synctest.Wait()
-		if got := c.accepted.Load(); got > 2 {
-			t.Errorf("%d were accepted, not 2 at most", got)
-		}
-		_ = c.Close()
-		c.letGo()
-		b.guests.Wait()
-	})
+// A connection that led to a session gives its seat to another.
+func TestSessionsGiveTheirSeats(t *testing.T) {
+	b := start(t, testOptions(t, t.TempDir()))
+	b.early.Spend(early, int(early.Burst), time.Now())
+	b.acceptable()
+	if b.early.Take(early, 0, time.Now()) > 0 {
+		t.Error("there is no seat")
+	}
 }
 
 // Whoever has not been greeted when the broker ends is not greeted any more, and nobody

@@ -31,11 +31,11 @@ func (b *Broker) acceptTurn() time.Duration {
 	return b.strangers.Spend(strangers, 1, time.Now())
 }
 
-// tooManyStrangers is for how long there are, 0 if not.
-func (b *Broker) tooManyStrangers() time.Duration { return b.strangers.Spend(strangers, 0, time.Now()) }
-
 // acceptable gives back what a connection took that got a session.
-func (b *Broker) acceptable() { b.strangers.Spend(strangers, -1, time.Now()) }
+func (b *Broker) acceptable() {
+	b.strangers.Spend(strangers, -1, time.Now())
+	b.early.Spend(early, -1, time.Now())
+}
 
 // tarpit holds the answer to a refused handshake back where there are many.
 func (b *Broker) tarpit(ctx context.Context) {

@@ -44,6 +44,16 @@ func Main(version string, args []string, stdout, stderr io.Writer) int {
 	if !proceed {
 		return status
 	}
+	level := logrus.InfoLevel
+	if f.Debug {
+		level = logrus.DebugLevel
+	}
+	log := logging.New(level)
+	if !f.Check {
+		if err := relaxTimers(); err != nil {
+			log.WithError(err).Debug("castrad does without")
+		}
+	}
 	cfg, err := load(f.Config)
 	if err != nil {
 		fmt.Fprintln(stderr, "castrad:", err)
@@ -55,14 +65,6 @@ func Main(version string, args []string, stdout, stderr io.Writer) int {
 		}
 		fmt.Fprintf(stdout, "%s: the configuration is good\n", f.Config)
 		return 0
-	}
-	level := logrus.InfoLevel
-	if f.Debug {
-		level = logrus.DebugLevel
-	}
-	log := logging.New(level)
-	if err := relaxTimers(); err != nil {
-		log.WithError(err).Debug("castrad does without")
 	}
 	d := &daemon{version: version, path: f.Config, cfg: cfg, log: log, changed: make(chan struct{}, 1)}
 	if err := d.run(); err != nil {

@@ -6,16 +6,28 @@ import (
 	"os/exec"
 	"regexp"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
-// relaxed is set where the test's program is to relax its timers and say what came of it.
-const relaxed = "CASTRA_TEST_RELAXED"
+// relaxed is set where the test's program is to relax its timers and say what came of it:
+// to the slack that it begins with. Once it has that, said is set.
+const (
+	relaxed = "CASTRA_TEST_RELAXED"
+	said    = "CASTRA_TEST_SAID"
+)
 
 func TestMain(m *testing.M) {
 	if os.Getenv(relaxed) == "" {
 		os.Exit(m.Run())
+	}
+	if say, err := time.ParseDuration(os.Getenv(relaxed)); err == nil && os.Getenv(said) == "" {
+		_ = unix.Prctl(unix.PR_SET_TIMERSLACK, uintptr(say), 0, 0, 0)
+		_ = os.Setenv(said, "so")
+		fmt.Println(syscall.Exec(os.Args[0], os.Args, os.Environ()))
 	}
 	before, _ := timersSlack()
 	err := relaxTimers()
@@ -24,16 +36,24 @@ func TestMain(m *testing.M) {
 }
 
 // The program is the same process with the same arguments, and all its threads, which
-// inherit it from its first, have the slack. What has it already is not started anew.
+// inherit it from its first, have the slack. Where somebody has said how much it is to be,
+// that stays.
 func TestRelaxTimers(t *testing.T) {
-	cmd := exec.Command(os.Args[0], "some", "words")
-	cmd.Env = append(os.Environ(), relaxed+"=1")
-	out, err := cmd.Output()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if got, want := string(out), fmt.Sprintln(cmd.Process.Pid, timerSlack, timerSlack, nil, "[some words]"); got != want {
-		t.Errorf("%q and not %q", got, want)
+	for _, c := range []struct{ before, after time.Duration }{
+		{kernelSlack, timerSlack},
+		{timerSlack, timerSlack},
+		{time.Microsecond, time.Microsecond},
+		{time.Second, time.Second},
+	} {
+		cmd := exec.Command(os.Args[0], "some", "words")
+		cmd.Env = append(os.Environ(), relaxed+"="+c.before.String())
+		out, err := cmd.Output()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, want := string(out), fmt.Sprintln(cmd.Process.Pid, c.after, c.after, nil, "[some words]"); got != want {
+			t.Errorf("%v: %q and not %q", c.before, got, want)
+		}
 	}
 }
 

@@ -30,8 +30,8 @@ func (b *Bucket) Take(r Rate, n int, now time.Time) (wait time.Duration) {
 	// A record larger than a second's share passes when the bucket is full.
 	need := min(float64(n), r.Bytes)
 	missing := max((1-b.records)/r.Records, (need-b.bytes)/r.Bytes)
-	if missing > 0 {
-		return time.Duration(min(missing, maxSeconds) * float64(time.Second))
+	if missing > 0 { // by less than a nanosecond, too: nothing was taken
+		return max(1, time.Duration(min(missing, maxSeconds)*float64(time.Second)))
 	}
 	b.records--
 	b.bytes -= need

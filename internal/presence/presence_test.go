@@ -198,6 +198,17 @@ func TestBucket(t *testing.T) {
 	}
 }
 
+// A bucket that lacks less than a nanosecond's worth has it not.
+func TestBucketRoundsAgainstTheTaker(t *testing.T) {
+	now := time.Now()
+	var b Bucket
+	r := Rate{Records: 3, Burst: 1, Bytes: 1}
+	b.Take(r, 0, now)
+	if now = now.Add(time.Second / 3); b.Take(r, 0, now) == 0 && b.Take(r, 0, now) == 0 {
+		t.Error("two were taken where there was one at most")
+	}
+}
+
 // Names that came once make room; those with a session, or registered, stay.
 func TestStrangersMakeRoom(t *testing.T) {
 	tab := table()

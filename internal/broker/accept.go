@@ -92,7 +92,7 @@ type handshakes struct {
 	max int
 
 	mu    sync.Mutex
-	all   list.List   // of *session.Handshake, oldest first
+	all   list.List   // of *session.Handshake, the first to expire first
 	timer *time.Timer // for the deadline of the oldest; nil: none runs
 	over  bool        // there are to be no more
 }
@@ -119,10 +119,14 @@ func (h *handshakes) end() {
 // room.
 func (h *handshakes) enter(s *session.Handshake) (leave func(), evicted *session.Handshake) {
 	h.mu.Lock()
-	e := h.all.PushBack(s)
+	e := h.insert(s)
 	full := h.over || h.max > 0 && h.all.Len() > h.max
-	if h.timer == nil && !h.over {
-		h.timer = time.AfterFunc(time.Until(s.Deadline()), h.expire)
+	switch left := time.Until(s.Deadline()); {
+	case h.over:
+	case h.timer == nil:
+		h.timer = time.AfterFunc(left, h.expire)
+	case e == h.all.Front(): // the one that the timer was set for may have had more time
+		h.timer.Reset(left)
 	}
 	h.mu.Unlock()
 	if full {
@@ -133,6 +137,17 @@ func (h *handshakes) enter(s *session.Handshake) (leave func(), evicted *session
 		h.all.Remove(e) // nothing if it has been removed
 		h.mu.Unlock()
 	}, evicted
+}
+
+// insert puts s behind those that are to be expired no later than it: that is the end, unless
+// a reload has made the time shorter. Call with mu.
+func (h *handshakes) insert(s *session.Handshake) *list.Element {
+	for e := h.all.Back(); e != nil; e = e.Prev() {
+		if !e.Value.(*session.Handshake).Deadline().After(s.Deadline()) {
+			return h.all.InsertAfter(s, e)
+		}
+	}
+	return h.all.PushFront(s)
 }
 
 // expire ends those that have taken too long. The timer runs on while there are any:

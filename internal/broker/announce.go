@@ -49,7 +49,8 @@ func (b *Broker) announce() {
 		changes, touched := b.table.Changes()
 		a.pending = append(a.pending, changes...)
 		if len(changes) > 0 {
-			b.records.presence(a.untold()) // now: a stalled disk may keep the announcement
+			listed = a.untold()
+			b.records.presence(listed) // now: a stalled disk may keep the announcement
 		}
 		if b.publishPresence(&a); len(a.pending) > 0 {
 			a.pending = presence.MergeChanges(a.pending)

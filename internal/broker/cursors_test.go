@@ -2,6 +2,7 @@ package broker
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -118,5 +119,20 @@ func TestCursorsForgottenMeanwhile(t *testing.T) {
 		if _, again := c.moved["g"]; again && c.vms["g"] == nil {
 			t.Fatal("it is to be stored")
 		}
+	}
+}
+
+// One cursor too many is refused by a limit that is not that of subscriptions.
+func TestCursorsAreNoSubscriptions(t *testing.T) {
+	b := start(t, testOptions(t, t.TempDir()))
+	g := connect(t, b.addr, "g")
+	for i := range maxCursors {
+		g.send(fmt.Sprintf(`{"type":"subscribe","topic":"vm:g","cursor":"c%d"}`, i))
+		g.expect(`{"ack":"subscribe","status":"ok"}`)
+	}
+	g.send(`{"type":"subscribe","topic":"vm:g","cursor":"another"}`)
+	g.expect(`{"ack":"subscribe","code":"too-many-subscriptions"}`)
+	if got := b.Status(nil).Broker.Limited[limitSubscriptions]; got != 0 {
+		t.Errorf("%d subscriptions were refused", got)
 	}
 }

@@ -297,12 +297,17 @@ func TestKilledWithoutAWord(t *testing.T) {
 		t.Fatal(err)
 	}
 	b := start(t, o)
-	connect(t, b.addr, "g")
+	g := connect(t, b.addr, "g")
 	file := filepath.Join(o.StateDir, "reachable.json")
 	var list []byte
 	eventually(t, "it is written down", func() bool {
 		list, _ = os.ReadFile(file)
 		return string(list) == "[\"g\"]\n"
+	})
+	_ = g.conn.Close()
+	eventually(t, "so is that it has gone", func() bool {
+		now, _ := os.ReadFile(file)
+		return string(now) == "[]\n"
 	})
 	if err := b.Close(); err != nil {
 		t.Fatal(err)

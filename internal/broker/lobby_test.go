@@ -199,3 +199,29 @@ func TestPingGoesThroughTheLobby(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// A shorter time for handshakes holds for those that begin with it, also behind one that
+// has more, or had.
+func TestShorterHandshakeTimeout(t *testing.T) {
+	o := testOptions(t, t.TempDir())
+	o.HandshakeTimeout = time.Hour
+	b := start(t, o)
+	for _, stays := range []bool{false, true} {
+		o.HandshakeTimeout = time.Hour
+		b.configure(o.Settings)
+		g := dial(t, b.addr) // and so greeted
+		if !stays {
+			_ = g.conn.Close()
+			eventually(t, "it has left", func() bool {
+				b.handshakes.mu.Lock()
+				defer b.handshakes.mu.Unlock()
+				return b.handshakes.all.Len() == 0
+			})
+		}
+		o.HandshakeTimeout = time.Second
+		b.configure(o.Settings)
+		if got := dial(t, b.addr).line(); got != "error: read-timeout" {
+			t.Errorf("where one stays is %v: %s", stays, got)
+		}
+	}
+}

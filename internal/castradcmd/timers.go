@@ -27,7 +27,7 @@ const (
 
 // relaxTimers runs on the first thread: who is to get a signal when castrad's parent ends
 // would lose that by execve(2) of another (PR_SET_PDEATHSIG, prctl(2)).
-func init() { runtime.LockOSThread() }
+func init() { runtime.LockOSThread() } //nolint:gochecknoinits // the main goroutine may have moved before Main
 
 // relaxTimers has the timers of all threads put off by timerSlack, unless somebody has
 // said how much it is to be. It returns if that is so, or cannot be. The main goroutine

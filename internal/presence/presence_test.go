@@ -204,7 +204,8 @@ func TestBucketRoundsAgainstTheTaker(t *testing.T) {
 	var b Bucket
 	r := Rate{Records: 3, Burst: 1, Bytes: 1}
 	b.Take(r, 0, now)
-	if now = now.Add(time.Second / 3); b.Take(r, 0, now) == 0 && b.Take(r, 0, now) == 0 {
+	now = now.Add(time.Second / 3)
+	if first, second := b.Take(r, 0, now), b.Take(r, 0, now); first == 0 && second == 0 {
 		t.Error("two were taken where there was one at most")
 	}
 }

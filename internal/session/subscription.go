@@ -182,9 +182,6 @@ func (s *Session) change(r request) error {
 	}
 	if err != nil {
 		refuse(&a, err)
-		if a.Code == string(bus.CodeTooManySubscriptions) {
-			s.noteSubscriptions()
-		}
 		return s.write(nil, wire.AppendAckFrame(nil, &a))
 	}
 	defer func() { <-s.reading }()
@@ -264,6 +261,7 @@ func (s *Session) prepare(r request) (*Subscription, error) {
 	held := s.subscriptions()
 	known := slices.ContainsFunc(held, func(o *Subscription) bool { return o.name == r.name })
 	if !known && len(held) >= s.opts.MaxSubscriptions {
+		s.noteSubscriptions()
 		return nil, bus.Errorf(bus.CodeTooManySubscriptions, "a session may have %d subscriptions; unsubscribe from one first", s.opts.MaxSubscriptions)
 	}
 	start, err := sub.begin(r.from)

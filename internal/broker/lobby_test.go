@@ -28,6 +28,7 @@ type crowd struct {
 
 	mu     sync.Mutex
 	wake   chan struct{} // closed when Accept is to fail
+	struck bool          // it is
 	closed bool
 }
 
@@ -65,11 +66,13 @@ func (c *crowd) Accept() (net.Conn, error) {
 func (c *crowd) SetDeadline(t time.Time) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if t.IsZero() {
-		c.wake = make(chan struct{})
+	switch {
+	case t.IsZero():
+		c.wake, c.struck = make(chan struct{}), false
 		c.resumed.Add(1)
-	} else {
+	case !c.struck:
 		close(c.wake)
+		c.struck = true
 	}
 	return nil
 }
@@ -81,7 +84,9 @@ func (c *crowd) Close() error {
 		return net.ErrClosed
 	}
 	c.closed = true
-	close(c.wake)
+	if !c.struck {
+		close(c.wake)
+	}
 	return nil
 }
 
@@ -121,17 +126,24 @@ func TestAcceptIsAheadOfGreetings(t *testing.T) {
 }
 
 // Who keeps coming without getting anywhere waits in the kernel's queue, and not in two: the
-// lobby is empty in a flood that lasts, at the rate that strangers have.
+// lobby is empty in a flood that lasts, at the rate that strangers have. The watchdog's
+// question waits for one greeting, also behind a full lobby.
 func TestLobbyInAFlood(t *testing.T) {
 	bubble.Test(t, func(t *testing.T) {
-		b := &Broker{ctx: t.Context(), room: make(chan struct{}, 100)}
+		b := &Broker{ctx: t.Context(), room: make(chan struct{}, lobbySeats)}
 		b.sessions.Store(&session.Options{HandshakeTimeout: time.Hour})
 		const n = 40_000
 		c := newCrowd(t, n)
 		c.letGo()
 		l := newListener(c)
 		b.guests.Go(func() { b.accept(l) })
-		time.Sleep(10 * time.Second) // in which those that may come early have
+		for range 10 { // seconds, in which those that may come early have
+			time.Sleep(time.Second)
+			asked := time.Now()
+			if err := l.ping(t.Context()); err != nil || time.Since(asked) > time.Millisecond {
+				t.Errorf("with %d in the lobby a ping took %v: %v", len(b.room), time.Since(asked), err)
+			}
+		}
 		began := c.greeted.Load()
 		for range 1000 {
 			time.Sleep(time.Millisecond)

@@ -67,7 +67,7 @@ var rules = map[string]rule{
 	"dbusapi":    {layer: 3, uses: []string{logrus, godbus, xsys}, never: []string{"broker", "guest"}},
 	"dbusclient": {layer: 3, uses: []string{godbus, xsys}, never: []string{"broker", "guest"}},
 
-	"castradcmd": {layer: 4, uses: []string{logrus}, never: []string{"guest", "dbusclient"}},
+	"castradcmd": {layer: 4, uses: []string{logrus, xsys}, never: []string{"guest", "dbusclient"}},
 	"guestdcmd":  {layer: 4, uses: []string{logrus}, never: []string{"broker", "dbusclient"}},
 	// castractl learns everything over D-Bus.
 	"cli": {layer: 4, uses: []string{cobra, pflag, xsys}, never: []string{"broker", "guest", "session", "presence", "identity", "dbusapi"}},

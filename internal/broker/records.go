@@ -51,11 +51,11 @@ type recorder struct {
 
 	events chan event    // see eventQueue
 	wake   chan struct{} // room for one token: a VM's file is due
+	list   chan struct{} // room for one token: the list of the reachable is due
 
 	mu      sync.Mutex
 	due     map[string]struct{}
 	free    map[string]struct{} // due, the next time: empty, and has grown already
-	present bool                // who is reachable has changed
 	untold  []string            // see presence
 	dropped int
 
@@ -71,7 +71,7 @@ func openRecorder(dir string, table *presence.Table, log *logrus.Logger) (*recor
 	}
 	return &recorder{
 		dir: dir, vms: newVMFiles(dir), table: table, log: log,
-		events: make(chan event, eventQueue), wake: make(chan struct{}, 1),
+		events: make(chan event, eventQueue), wake: make(chan struct{}, 1), list: make(chan struct{}, 1),
 		due: make(map[string]struct{}), free: make(map[string]struct{}),
 	}, nil
 }
@@ -104,9 +104,9 @@ func (r *recorder) handshake(vms ...string) {
 // record says so of them still.
 func (r *recorder) presence(untold []string) {
 	r.mu.Lock()
-	r.present, r.untold = true, untold
+	r.untold = untold
 	r.mu.Unlock()
-	token.Leave(r.wake)
+	token.Leave(r.list)
 }
 
 // reachableFile lists the VMs that were reachable, for a castrad that begins where
@@ -153,9 +153,15 @@ func (r *recorder) run(ctx context.Context) {
 		{path: filepath.Join(r.dir, "handshake-events.jsonl"), log: r.log},
 		{path: filepath.Join(r.dir, "bus-events.jsonl"), log: r.log},
 	}
-	soon := time.NewTimer(time.Hour)
+	soon, later := time.NewTimer(time.Hour), time.NewTimer(time.Hour)
 	soon.Stop()
+	later.Stop()
 	armed := false
+	var listed time.Time
+	writeList := func() {
+		listed = time.Now()
+		r.writeList()
+	}
 	for {
 		select {
 		case e := <-r.events:
@@ -168,11 +174,22 @@ func (r *recorder) run(ctx context.Context) {
 		case <-soon.C:
 			armed = false
 			r.writeDue()
+		case <-r.list:
+			// The first of several at once: whoever is announced as reachable is to be in it
+			// when castrad is killed, or nobody announces that it has gone.
+			if wait := handshakeDelay - time.Since(listed); wait > 0 {
+				later.Reset(wait)
+			} else {
+				writeList()
+			}
+		case <-later.C:
+			writeList()
 		case <-ctx.Done():
 			for len(r.events) > 0 {
 				r.note(r.append(files, <-r.events))
 			}
 			r.writeDue()
+			r.writeList()
 			for _, f := range files {
 				r.note(f.close())
 			}
@@ -233,23 +250,27 @@ func (r *recorder) refresh() { r.handshake(r.table.Unrecorded(handshakePeriod)..
 
 func (r *recorder) writeDue() {
 	r.mu.Lock()
-	due, present, untold := r.due, r.present, r.untold
-	r.due, r.present = r.free, false
+	due := r.due
+	r.due = r.free
 	r.mu.Unlock()
 	if len(due) > 0 {
 		r.writeVMs(due)
 		clear(due)
 	}
 	r.free = due
-	if present { // synced, for which the VMs' files are not to wait
-		names := append(r.table.Reachable(), untold...)
-		slices.Sort(names)
-		data, err := json.Marshal(slices.Compact(names))
-		if err == nil {
-			err = replace(r.reachableFile(), append(data, '\n'))
-		}
-		r.note(err)
+}
+
+func (r *recorder) writeList() {
+	r.mu.Lock()
+	untold := r.untold
+	r.mu.Unlock()
+	names := append(r.table.Reachable(), untold...)
+	slices.Sort(names)
+	data, err := json.Marshal(slices.Compact(names))
+	if err == nil {
+		err = replace(r.reachableFile(), append(data, '\n'))
 	}
+	r.note(err)
 }
 
 func (r *recorder) writeVMs(due map[string]struct{}) {

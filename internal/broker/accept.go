@@ -93,7 +93,7 @@ type handshakes struct {
 
 	mu    sync.Mutex
 	all   list.List   // of *session.Handshake, the first to expire first
-	timer *time.Timer // for the deadline of the oldest; nil: none runs
+	timer *time.Timer // for the deadline of the first, or of one that has left; nil: none runs
 	over  bool        // there are to be no more
 }
 

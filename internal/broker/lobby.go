@@ -16,13 +16,13 @@ import (
 // last word was not heard, hold themselves connected and wait for a greeting that never
 // comes (tcp_abort_on_overflow in tcp(7)).
 type lobby struct {
-	room      <-chan struct{}    // a token for each that is in one of the lobbies, all together
+	room      chan struct{}      // a token for each that is in one of the lobbies, all together
 	seats     chan net.Conn      // room for as many; closed behind the last
 	next      chan net.Conn      // no room: who has no seat comes in when the lobby is empty
 	questions chan chan struct{} // of the watchdog, which has one at a time
 }
 
-func newLobby(room <-chan struct{}) *lobby {
+func newLobby(room chan struct{}) *lobby {
 	return &lobby{room: room, seats: make(chan net.Conn, cap(room)), next: make(chan net.Conn), questions: make(chan chan struct{}, 1)}
 }
 
@@ -33,14 +33,11 @@ var early = presence.Rate{Records: 10000. / 60, Burst: 10000, Bytes: 1}
 
 // usher has a connection greeted in its turn.
 func (b *Broker) usher(l *listener, to *lobby, conn net.Conn) {
-	seat := b.early.Take(early, 0, time.Now()) == 0
+	room, next := to.room, chan<- net.Conn(nil)
+	if b.early.Take(early, 0, time.Now()) > 0 {
+		room, next = nil, to.next
+	}
 	for {
-		room, next := b.room, to.next
-		if seat {
-			next = nil
-		} else {
-			room = nil
-		}
 		select {
 		case room <- struct{}{}:
 			to.seats <- conn

@@ -153,15 +153,11 @@ func (r *recorder) run(ctx context.Context) {
 		{path: filepath.Join(r.dir, "handshake-events.jsonl"), log: r.log},
 		{path: filepath.Join(r.dir, "bus-events.jsonl"), log: r.log},
 	}
-	soon, later := time.NewTimer(time.Hour), time.NewTimer(time.Hour)
+	soon := time.NewTimer(time.Hour)
 	soon.Stop()
-	later.Stop()
 	armed := false
-	var listed time.Time
-	writeList := func() {
-		listed = time.Now()
-		r.writeList()
-	}
+	list := r.list // nil: it was just written
+	var rested <-chan time.Time
 	for {
 		select {
 		case e := <-r.events:
@@ -174,16 +170,13 @@ func (r *recorder) run(ctx context.Context) {
 		case <-soon.C:
 			armed = false
 			r.writeDue()
-		case <-r.list:
+		case <-list:
 			// The first of several at once: whoever is announced as reachable is to be in it
 			// when castrad is killed, or nobody announces that it has gone.
-			if wait := handshakeDelay - time.Since(listed); wait > 0 {
-				later.Reset(wait)
-			} else {
-				writeList()
-			}
-		case <-later.C:
-			writeList()
+			r.writeList()
+			list, rested = nil, time.After(handshakeDelay)
+		case <-rested:
+			list = r.list
 		case <-ctx.Done():
 			for len(r.events) > 0 {
 				r.note(r.append(files, <-r.events))

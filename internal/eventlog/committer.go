@@ -287,6 +287,7 @@ func (l *Log) shut() error {
 	if l.perVM != nil {
 		l.perVM.stop()
 	}
+	defer l.stream.freed()
 	return l.finish()
 }
 

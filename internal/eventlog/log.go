@@ -193,7 +193,7 @@ func open(opts Options) (*Log, *Recovery, error) {
 	}
 	l := &Log{
 		opts:      opts,
-		stream:    stream{fs: opts.FS, dir: opts.Dir},
+		stream:    stream{fs: opts.FS, dir: opts.Dir, freeing: make(chan struct{}, 1)},
 		recent:    recent{budget: opts.Recent},
 		queue:     make(chan *Batch, 1024),
 		startedAt: time.Now(),

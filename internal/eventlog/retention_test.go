@@ -252,3 +252,90 @@ func TestExpireWhatCannotBeRemoved(t *testing.T) {
 		t.Errorf("told %v", err)
 	}
 }
+
+// freeingFS is a file system on which it takes until freed is closed to give back the
+// blocks of the first file that is removed. Only what is opened to be read counts.
+type freeingFS struct {
+	FS
+	freed chan struct{}
+
+	mu      sync.Mutex
+	removed map[string]bool
+	begun   int // files closed after they had been removed
+	ended   int
+}
+
+func (s *freeingFS) Remove(name string) error {
+	s.mu.Lock()
+	s.removed[name] = true
+	s.mu.Unlock()
+	return s.FS.Remove(name)
+}
+
+func (s *freeingFS) OpenFile(name string, flag int, perm fs.FileMode) (File, error) {
+	f, err := s.FS.OpenFile(name, flag, perm)
+	if err != nil || flag != os.O_RDONLY {
+		return f, err
+	}
+	return freeingFile{f, s, name}, nil
+}
+
+type freeingFile struct {
+	File
+	fs   *freeingFS
+	name string
+}
+
+func (f freeingFile) Close() error {
+	s := f.fs
+	s.mu.Lock()
+	removed, first := s.removed[f.name], s.begun == 0
+	if removed {
+		s.begun++
+	}
+	s.mu.Unlock()
+	if removed && first {
+		<-s.freed
+	}
+	err := f.File.Close()
+	if removed {
+		s.mu.Lock()
+		s.ended++
+		s.mu.Unlock()
+	}
+	return err
+}
+
+// Publishers do not wait for an expired segment's blocks to be given back, but the
+// log's end does.
+func TestNoAckWaitsForFreeing(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
+		disk := &freeingFS{FS: &sharedFS{FS: newSimDisk(rand.New(rand.NewPCG(1, 1)))}, freed: make(chan struct{}), removed: make(map[string]bool)}
+		o := testOptions("/log")
+		o.FS, o.SegmentSize, o.Retention, o.PerVM = disk, 4096, 2*4096, nil
+		free := sync.OnceFunc(func() { close(disk.freed) })
+		defer free()
+		l := mustOpen(t, o)
+		for range 100 {
+			publish(t, l, "web1", "t", "", `"`+strings.Repeat("x", 500)+`"`)
+		}
+		closed := make(chan error, 1)
+		go func() { closed <- l.Close() }()
+		synctest.Wait()
+		if disk.begun < 3 || disk.ended != disk.begun-1 {
+			t.Fatalf("%d segments were removed, and the blocks of %d of them are back", disk.begun, disk.ended)
+		}
+		select {
+		case err := <-closed:
+			t.Fatalf("the log ended, with %v, before all blocks were back", err)
+		default:
+		}
+		free()
+		if err := <-closed; err != nil {
+			t.Fatal(err)
+		}
+		if disk.ended != disk.begun {
+			t.Fatalf("%d of %d files were closed", disk.ended, disk.begun)
+		}
+	})
+}

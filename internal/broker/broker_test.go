@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/castrabus/castra/internal/bus"
+	"github.com/castrabus/castra/internal/wire"
 )
 
 func TestPublishSubscribe(t *testing.T) {
@@ -87,6 +88,30 @@ func TestReplay(t *testing.T) {
 	}
 	g.send(`{"type":"unsubscribe","subscription":"s"}`, `{"type":"heartbeat"}`)
 	g.expect(`{"ack":"unsubscribe","status":"ok"}`, `{"ack":"heartbeat"}`)
+}
+
+// An ack bears the id of the frame that it answers, whatever that is.
+func TestAcksBearTheID(t *testing.T) {
+	b := start(t, testOptions(t, t.TempDir()))
+	g := connect(t, b.addr, "g")
+	long := strings.Repeat("x", wire.MaxID+1)
+	g.send(
+		`{"type":"publish","topic":"t","id":"1"}`, `{"type":"subscribe","topic":"t","id":"2"}`, `{"id":"3\u0022","type":"unsubscribe","topic":"t"}`,
+		`{"type":"heartbeat","id":"4"}`, `{"type":"subscribe","topic":"a b","id":"5"}`, `{"type":"subscribe","topic":"t","sub":1,"id":"6"}`,
+		`{"type":"unheard-of","id":"7"}`, `{"type":8,"id":"8"}`, `{"type":"heartbeat","id":"`+long+`"}`, `{"type":"heartbeat","id":10}`,
+	)
+	for _, want := range []string{
+		`{"ack":"publish","status":"ok","id":"1"}`, `{"ack":"subscribe","status":"ok","id":"2"}`, `{"ack":"unsubscribe","status":"ok","id":"3\""}`,
+		`{"ack":"heartbeat","status":"ok","id":"4"}`, `{"ack":"subscribe","code":"bad-topic","id":"5"}`, `{"ack":"subscribe","code":"bad-frame","id":"6"}`,
+		`{"code":"unsupported-type","id":"7"}`, `{"code":"bad-frame","id":"8"}`,
+	} {
+		g.expect(want)
+	}
+	for range 2 {
+		if answer := g.next(); strings.Contains(answer, `"id"`) || !strings.Contains(answer, `"status":"ok"`) {
+			t.Errorf("answered with %s", answer)
+		}
+	}
 }
 
 func TestDurableCursor(t *testing.T) {

@@ -178,7 +178,7 @@ func (s *Session) frame(ws **workspace, rest []byte) ([]byte, error) {
 		return rest, nil
 	case m.Type == wire.TypeHeartbeat:
 		s.guest.Heartbeat()
-		w.acks = append(w.acks, reply{ack: wire.Ack{Kind: kind}, entry: -1})
+		w.acks = append(w.acks, reply{ack: wire.Ack{Kind: kind, ID: w.keep(m.ID)}, entry: -1})
 		return rest, nil
 	case m.Type == wire.TypeAck && string(m.Ack) == "publish":
 		s.acknowledged(m)

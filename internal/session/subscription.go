@@ -140,6 +140,7 @@ type request struct {
 	subscribe           bool
 	topic, name, cursor string
 	hasTopic            bool
+	id                  []byte
 	from                wire.From
 }
 
@@ -147,7 +148,7 @@ func (s *Session) copyRequest(m *wire.Message) request {
 	r := request{
 		subscribe: m.Type == wire.TypeSubscribe,
 		topic:     string(m.Topic), hasTopic: m.Topic != nil,
-		cursor: string(m.Cursor), from: m.From,
+		cursor: string(m.Cursor), from: m.From, id: slices.Clone(m.ID),
 	}
 	switch {
 	case r.subscribe && m.Sub != nil:
@@ -162,7 +163,7 @@ func (s *Session) copyRequest(m *wire.Message) request {
 
 // change carries a subscribe or unsubscribe out and answers it.
 func (s *Session) change(r request) error {
-	a := wire.Ack{Kind: "unsubscribe", Topic: []byte(r.topic), Subscription: []byte(r.name)}
+	a := wire.Ack{Kind: "unsubscribe", Topic: []byte(r.topic), Subscription: []byte(r.name), ID: r.id}
 	if !r.hasTopic {
 		a.Topic = nil
 	}

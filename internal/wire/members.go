@@ -65,6 +65,7 @@ func (f *members) fill(m *Message) {
 	m.TypeName = f.text(mType)
 	if m.TypeName == nil {
 		m.bad("type must be a string")
+		m.ID = f.text(mID)
 		return
 	}
 	switch string(m.TypeName) {
@@ -74,12 +75,15 @@ func (f *members) fill(m *Message) {
 	case "subscribe":
 		m.Type = TypeSubscribe
 		f.fillSubscribe(m)
+		m.ID = f.text(mID)
 	case "unsubscribe":
 		m.Type = TypeUnsubscribe
 		m.Subscription = f.known(m, mSubscription, "subscription must be a string")
 		m.Topic = f.known(m, mTopic, "topic must be a string")
+		m.ID = f.text(mID)
 	case "heartbeat":
 		m.Type = TypeHeartbeat
+		m.ID = f.text(mID)
 	case "ack":
 		m.Type = TypeAck
 		f.fillAck(m)
@@ -91,6 +95,8 @@ func (f *members) fill(m *Message) {
 	case "error":
 		m.Type = TypeError
 		m.Code, m.Reason = f.text(mCode), f.text(mReason)
+	default:
+		m.ID = f.text(mID)
 	}
 }
 

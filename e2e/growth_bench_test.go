@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -70,7 +71,7 @@ func BenchmarkNoGrowth(b *testing.B) {
 }
 
 func (p *past) measure(b *testing.B) {
-	const rounds, starts, settle, d = 5, 3, time.Second, 5 * time.Second
+	const rounds, starts, settle, d = 12, 3, time.Second, 5 * time.Second
 	full, empty := newLab(b), newLab(b)
 	kept := p.keep(b, full)
 	if p.register != nil {
@@ -111,24 +112,31 @@ func (p *past) measure(b *testing.B) {
 		f.end()
 		return r
 	}
-	var rss floodRate
-	for i := range rounds {
-		castradOfNone, took := empty.timedStart(fmt.Sprint("castrad", i))
-		e := load(empty, castradOfNone)
-		empty.stop("castrad", castradOfNone)
-		for _, dir := range []string{"log", "state"} {
-			if err := os.RemoveAll(empty.path(dir)); err != nil {
-				b.Fatal(err)
+	var e, f floodRate
+	turns := []func(i int){
+		func(i int) {
+			castradOfNone, took := empty.timedStart(fmt.Sprint("castrad", i))
+			e = load(empty, castradOfNone)
+			empty.stop("castrad", castradOfNone)
+			for _, dir := range []string{"log", "state"} {
+				if err := os.RemoveAll(empty.path(dir)); err != nil {
+					b.Fatal(err)
+				}
 			}
+			emptyStarts = append(emptyStarts, took.Seconds()*1e3)
+		},
+		func(int) { f = load(full, castrad) },
+	}
+	for i := range rounds {
+		for _, turn := range turns {
+			turn(i)
 		}
-		f := load(full, castrad)
+		slices.Reverse(turns) // what a turn leaves the disk to do is not always to be the same one's burden
 		b.Logf("empty %.0f/s, %.2f s per 100,000, ack p99 %.1f ms; full %.0f/s, %.2f s, %.1f ms", e.perSecond, e.cpu, e.p99/1e3, f.perSecond, f.cpu, f.p99/1e3)
-		emptyStarts = append(emptyStarts, took.Seconds()*1e3)
 		emptyRates, fullRates = append(emptyRates, e.perSecond), append(fullRates, f.perSecond)
 		emptyCPU, fullCPU = append(emptyCPU, e.cpu), append(fullCPU, f.cpu)
 		emptyP99, fullP99 = append(emptyP99, e.p99/1e3), append(fullP99, f.p99/1e3)
 		rate, cpu = append(rate, f.perSecond/e.perSecond), append(cpu, f.cpu/e.cpu)
-		rss = f
 	}
 	full.castractl("bus", "tail", "-n", "1", "--no-follow")
 	for what, all := range map[string][]float64{
@@ -138,7 +146,7 @@ func (p *past) measure(b *testing.B) {
 	} {
 		b.ReportMetric(median(all), what)
 	}
-	b.ReportMetric(rss.rss, "RSS-MiB")
+	b.ReportMetric(f.rss, "RSS-MiB")
 	b.ReportMetric(float64(size)/(1<<30), "log-GiB")
 	b.ReportMetric(float64(files), "log-files")
 	b.ReportMetric(0, "ns/op")

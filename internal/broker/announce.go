@@ -28,7 +28,6 @@ const (
 // broker ends. What cannot be stored is merged per VM and tried again.
 func (b *Broker) announce() {
 	a := announcer{pending: b.left}
-	listed := a.untold()
 	retry := time.NewTimer(time.Hour)
 	retry.Stop()
 	first := make(chan struct{}, 1) // one token: there may be something from the start
@@ -41,24 +40,16 @@ func (b *Broker) announce() {
 			b.tellWatchers([]string{""})
 			continue
 		case <-a.stuck.Done():
-			a.settle()
+			b.settle(&a)
 		case <-retry.C:
 		case <-b.ctx2.Done():
 			ended = true // once more, for what the end itself has changed
 		}
 		changes, touched := b.table.Changes()
 		a.pending = append(a.pending, changes...)
-		if len(changes) > 0 {
-			listed = a.untold()
-			b.records.presence(listed) // now: a stalled disk may keep the announcement
-		}
 		if b.publishPresence(&a); len(a.pending) > 0 {
 			a.pending = presence.MergeChanges(a.pending)
 			retry.Reset(announceRetry)
-		}
-		if was, is := listed, a.untold(); len(was) > 0 || len(is) > 0 || ended {
-			b.records.presence(is)
-			listed = is
 		}
 		for _, name := range touched {
 			if !b.table.Has(name) {
@@ -78,24 +69,28 @@ type announcer struct {
 	sent  []presence.Change // what is in it
 }
 
-// untold gives the VMs of which nobody was told yet that they are no longer reachable.
-func (a *announcer) untold() []string {
-	var names []string
-	for _, changes := range [][]presence.Change{a.sent, a.pending} {
-		for _, c := range changes {
-			if !c.Reachable {
-				names = append(names, c.VM)
-			}
-		}
-	}
-	return names
-}
-
 // settle takes back what the disk did not store of the stuck batch. Call it when the
 // batch is done with: that is told once.
-func (a *announcer) settle() {
-	a.pending = append(refused(a.stuck, a.sent), a.pending...)
+func (b *Broker) settle(a *announcer) {
+	a.pending = append(b.said(a.stuck, a.sent), a.pending...)
 	a.stuck, a.sent = nil, nil
+}
+
+// said takes in which of the changes the log has stored, and gives the others.
+func (b *Broker) said(batch *eventlog.Batch, changes []presence.Change) (refused []presence.Change) {
+	var stored []presence.Change
+	for i := range batch.Entries {
+		if batch.Entries[i].Err != nil {
+			refused = append(refused, changes[i])
+		} else {
+			stored = append(stored, changes[i])
+		}
+	}
+	b.announced.stored(stored)
+	if len(stored) > 0 {
+		b.records.announced()
+	}
+	return refused
 }
 
 // publishPresence stores as many of the changes as it can.
@@ -103,7 +98,7 @@ func (b *Broker) publishPresence(a *announcer) {
 	if a.stuck != nil {
 		select {
 		case <-a.stuck.Done():
-			a.settle()
+			b.settle(a)
 		default:
 			return
 		}
@@ -114,10 +109,11 @@ func (b *Broker) publishPresence(a *announcer) {
 		for _, c := range now {
 			batch.Entries = append(batch.Entries, presenceEntry(c))
 		}
+		b.announced.begin()
 		err := b.events.Append(context.Background(), batch)
 		switch {
 		case err == nil:
-			if left := refused(batch, now); len(left) > 0 {
+			if left := b.said(batch, now); len(left) > 0 {
 				a.pending = append(left, a.pending[len(now):]...)
 				return
 			}
@@ -127,26 +123,16 @@ func (b *Broker) publishPresence(a *announcer) {
 			a.pending = a.pending[len(now):]
 			return
 		default:
+			b.announced.stored(nil)
 			return
 		}
 	}
 }
 
-// refused gives those of the changes that the log did not store.
-func refused(batch *eventlog.Batch, changes []presence.Change) []presence.Change {
-	var left []presence.Change
-	for i := range batch.Entries {
-		if batch.Entries[i].Err != nil {
-			left = append(left, changes[i])
-		}
-	}
-	return left
-}
-
 func presenceEntry(c presence.Change) eventlog.Entry {
-	state := "unreachable"
+	state := bus.StateUnreachable
 	if c.Reachable {
-		state = "reachable"
+		state = bus.StateReachable
 	}
 	payload := wire.AppendString([]byte(`{"vm":`), c.VM)
 	payload = wire.AppendString(append(payload, `,"state":`...), state)

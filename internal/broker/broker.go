@@ -101,6 +101,7 @@ type Broker struct {
 	refusals   presence.Bucket
 	limited    limitCounts
 	shares     shares
+	announced  *announced
 	left       []presence.Change // what a castrad that was killed had no time to say
 	scans      chan struct{}     // see session.Options.Scans
 	idle       *session.Idle
@@ -144,10 +145,10 @@ func Open(opts Options) (*Broker, error) {
 	if err := b.openLog(); err != nil {
 		return nil, err
 	}
-	left, err := b.records.leftReachable()
-	if err != nil {
+	if b.announced, err = recallAnnounced(filepath.Join(opts.StateDir, "reachable.json"), b.events); err != nil {
 		logging.PresenceUnknown.On(b.log).WithError(err).Warn("who was reachable when castrad ended is not known")
 	}
+	b.records.said = b.announced
 	for _, e := range opts.Registry.List() {
 		b.table.Know(e.Name)
 	}
@@ -161,7 +162,7 @@ func Open(opts Options) (*Broker, error) {
 	b.configureSessions(&settings)
 	b.ctx, b.cancel = context.WithCancel(context.Background())
 	b.ctx2, b.cancel2 = context.WithCancel(context.Background())
-	if !b.inherit(left) {
+	if !b.inherit() {
 		b.records.past = &past{recall: b.recall, read: make(map[string]struct{})}
 		b.work.Go(b.remember)
 	}

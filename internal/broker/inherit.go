@@ -27,7 +27,7 @@ const maxStateLine = 16 << 20
 // inherit takes over what the castrad before left, and knows then which of those
 // that it left reachable are to be announced as gone. Whatever is wrong with it,
 // the broker does without. It tells whether it has what that castrad knew.
-func (b *Broker) inherit(left []string) (taken bool) {
+func (b *Broker) inherit() (taken bool) {
 	resumed := make(map[string]bool)
 	if b.opts.Inherit != nil {
 		began := time.Now()
@@ -39,6 +39,7 @@ func (b *Broker) inherit(left []string) (taken bool) {
 			logging.SessionsTakenOver.On(b.log).WithFields(logrus.Fields{"count": sessions, "took": time.Since(began).String()}).Info("sessions taken over from the castrad before")
 		}
 	}
+	left, _ := b.announced.names()
 	for _, name := range left {
 		if !resumed[name] {
 			b.left = append(b.left, presence.Change{VM: name, Reason: presence.ReasonRestarted})

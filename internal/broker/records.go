@@ -8,7 +8,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -20,7 +19,6 @@ import (
 	"github.com/castrabus/castra/internal/presence"
 	"github.com/castrabus/castra/internal/statefile"
 	"github.com/castrabus/castra/internal/token"
-	"github.com/castrabus/castra/internal/wire"
 )
 
 const (
@@ -48,15 +46,15 @@ type recorder struct {
 	table *presence.Table
 	log   *logrus.Logger
 	past  *past // nil: there is none
+	said  *announced
 
 	events chan event    // see eventQueue
 	wake   chan struct{} // room for one token: a VM's file is due
-	list   chan struct{} // room for one token: the list of the reachable is due
 
 	mu      sync.Mutex
 	due     map[string]struct{}
 	free    map[string]struct{} // due, the next time: empty, and has grown already
-	untold  []string            // see presence
+	list    bool                // the list of who was announced is due
 	dropped int
 
 	// Of who writes: see note.
@@ -71,7 +69,7 @@ func openRecorder(dir string, table *presence.Table, log *logrus.Logger) (*recor
 	}
 	return &recorder{
 		dir: dir, vms: newVMFiles(dir), table: table, log: log,
-		events: make(chan event, eventQueue), wake: make(chan struct{}, 1), list: make(chan struct{}, 1),
+		events: make(chan event, eventQueue), wake: make(chan struct{}, 1),
 		due: make(map[string]struct{}), free: make(map[string]struct{}),
 	}, nil
 }
@@ -100,50 +98,12 @@ func (r *recorder) handshake(vms ...string) {
 	token.Leave(r.wake)
 }
 
-// presence makes the list of those who are reachable due, among whom are untold: the
-// record says so of them still.
-func (r *recorder) presence(untold []string) {
+// announced makes the list of who was announced as reachable due.
+func (r *recorder) announced() {
 	r.mu.Lock()
-	r.untold = untold
+	r.list = true
 	r.mu.Unlock()
-	token.Leave(r.list)
-}
-
-// reachableFile lists the VMs that were reachable, for a castrad that begins where
-// another ended without a word, or could not store it: the last one said of each that it
-// is.
-func (r *recorder) reachableFile() string {
-	return filepath.Join(filepath.Dir(r.dir), "reachable.json")
-}
-
-// leftReachable reads that list.
-func (r *recorder) leftReachable() ([]string, error) {
-	data, err := statefile.Read(r.reachableFile(), maxReachable, statefile.NoFollow)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
-	}
-	var names []string
-	if err == nil {
-		names, err = parseReachable(data)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", r.reachableFile(), err)
-	}
-	return names, nil
-}
-
-// maxReachable is more than the list of any number of VMs that there may be takes.
-const maxReachable = 64 << 20
-
-// parseReachable takes the list of names, without what are none.
-func parseReachable(data []byte) ([]string, error) {
-	var names []string
-	if err := json.Unmarshal(data, &names); err != nil {
-		return nil, err
-	}
-	names = slices.DeleteFunc(names, func(name string) bool { return !wire.ValidName(name) || wire.Reserved(name) })
-	slices.Sort(names)
-	return slices.Compact(names), nil
+	token.Leave(r.wake)
 }
 
 // run writes until ctx is done, and then what is left. That is to be when all is announced
@@ -156,8 +116,6 @@ func (r *recorder) run(ctx context.Context) {
 	soon := time.NewTimer(time.Hour)
 	soon.Stop()
 	armed := false
-	list := r.list // nil: it was just written
-	var rested <-chan time.Time
 	for {
 		select {
 		case e := <-r.events:
@@ -170,19 +128,12 @@ func (r *recorder) run(ctx context.Context) {
 		case <-soon.C:
 			armed = false
 			r.writeDue()
-		case <-list:
-			// The first of several at once: whoever is announced as reachable is to be in it
-			// when castrad is killed, or nobody announces that it has gone.
-			r.writeList()
-			list, rested = nil, time.After(handshakeDelay)
-		case <-rested:
-			list = r.list
 		case <-ctx.Done():
 			for len(r.events) > 0 {
 				r.note(r.append(files, <-r.events))
 			}
+			r.announced()
 			r.writeDue()
-			r.writeList()
 			for _, f := range files {
 				r.note(f.close())
 			}
@@ -237,33 +188,27 @@ func (r *recorder) note(err error) {
 	}
 }
 
-// refresh makes the files due that have fallen behind what was heard. Call it every
-// second or so.
-func (r *recorder) refresh() { r.handshake(r.table.Unrecorded(handshakePeriod)...) }
+// refresh makes the files due that have fallen behind. Call it every second or so.
+func (r *recorder) refresh() {
+	r.handshake(r.table.Unrecorded(handshakePeriod)...)
+	if r.said.behind() {
+		r.announced()
+	}
+}
 
 func (r *recorder) writeDue() {
 	r.mu.Lock()
-	due := r.due
-	r.due = r.free
+	due, list := r.due, r.list
+	r.due, r.list = r.free, false
 	r.mu.Unlock()
 	if len(due) > 0 {
 		r.writeVMs(due)
 		clear(due)
 	}
 	r.free = due
-}
-
-func (r *recorder) writeList() {
-	r.mu.Lock()
-	untold := r.untold
-	r.mu.Unlock()
-	names := append(r.table.Reachable(), untold...)
-	slices.Sort(names)
-	data, err := json.Marshal(slices.Compact(names))
-	if err == nil {
-		err = replace(r.reachableFile(), append(data, '\n'))
+	if list {
+		r.note(r.said.write())
 	}
-	r.note(err)
 }
 
 func (r *recorder) writeVMs(due map[string]struct{}) {

@@ -1,20 +1,14 @@
 package broker
 
 import (
-	"context"
 	"errors"
-	"os"
-	"path/filepath"
-	"sync"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/sirupsen/logrus"
 	"github.com/sirupsen/logrus/hooks/test"
 
 	"github.com/castrabus/castra/internal/bubble"
-	"github.com/castrabus/castra/internal/presence"
 )
 
 // A full disk refuses the files of ten thousand VMs one by one: the journal, which most
@@ -52,37 +46,5 @@ func TestRefusedFilesDoNotFillTheJournal(t *testing.T) {
 		time.Sleep(time.Minute)
 		r.note(nil)
 		told(1, 1000)
-	})
-}
-
-// Who is reachable is written down at once, and then no more often than VMs' files are: a
-// castrad that is killed soon after has announced it already.
-func TestReachableIsWrittenAtOnce(t *testing.T) {
-	bubble.Test(t, func(t *testing.T) {
-		log, _ := test.NewNullLogger()
-		r, err := openRecorder(filepath.Join(t.TempDir(), "handshakes"), presence.New(presence.Options{}), log)
-		if err != nil {
-			t.Fatal(err)
-		}
-		ctx, cancel := context.WithCancel(t.Context())
-		var work sync.WaitGroup
-		work.Go(func() { r.run(ctx) })
-		has := func(want string) {
-			t.Helper()
-			synctest.Wait()
-			if got, err := os.ReadFile(r.reachableFile()); err != nil || string(got) != want+"\n" {
-				t.Errorf("the list is %s, %v, want %s", got, err, want)
-			}
-		}
-		r.presence([]string{"g"})
-		has(`["g"]`)
-		r.presence([]string{"g", "h"})
-		has(`["g"]`)
-		time.Sleep(handshakeDelay)
-		has(`["g","h"]`)
-		r.presence(nil)
-		cancel()
-		work.Wait()
-		has(`[]`)
 	})
 }

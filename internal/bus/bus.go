@@ -130,11 +130,17 @@ type Fault struct {
 	AgeMS  int64  `json:"age_ms"`
 }
 
+// What [VM.State] is, and what castra.presence says of a VM.
+const (
+	StateReachable   = "reachable"
+	StateUnreachable = "unreachable"
+)
+
 // VM describes one virtual machine as the broker knows it now. Ages are
 // milliseconds; nil means never seen.
 type VM struct {
 	VM                 string   `json:"vm"`
-	State              string   `json:"state"` // "reachable" or "unreachable"
+	State              string   `json:"state"` // StateReachable or StateUnreachable
 	Reachable          bool     `json:"reachable"`
 	Reason             string   `json:"reason,omitempty"` // why unreachable: "never-seen", "disconnected", "silent", …
 	Registered         bool     `json:"registered"`

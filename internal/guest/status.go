@@ -89,7 +89,7 @@ func (a *Agent) vm(link *linkState, c *counts) bus.VM {
 	topics := a.subs.topics()
 	vm := bus.VM{
 		VM:                 a.id.name,
-		State:              "unreachable",
+		State:              bus.StateUnreachable,
 		Reason:             "disconnected",
 		Keyed:              a.id.key != nil,
 		LastHandshakeAgeMS: age(link.handshake),
@@ -107,7 +107,7 @@ func (a *Agent) vm(link *linkState, c *counts) bus.VM {
 		vm.Reason = r.reason
 	}
 	if link.token != "" {
-		vm.State, vm.Reachable, vm.Reason = "reachable", true, ""
+		vm.State, vm.Reachable, vm.Reason = bus.StateReachable, true, ""
 		vm.Session, vm.RemoteAddr, vm.Registered = link.token, link.local, vm.Keyed
 	}
 	return vm

@@ -48,7 +48,7 @@ func (t *Table) Snapshot(names []string) []bus.VM {
 // describe gives what the table holds of v. Call with the lock held.
 func (t *Table) describe(v *VM, now int64) (bus.VM, Session) {
 	d := bus.VM{
-		VM: v.name, Reachable: v.reachable, State: "unreachable",
+		VM: v.name, Reachable: v.reachable, State: bus.StateUnreachable,
 		LastPublishAgeMS: ageMS(now, v.publish.Load()), LastHeartbeatAgeMS: ageMS(now, v.heartbeat.Load()),
 		BusSubscribed: len(v.topics) > 0, Subscriptions: append([]string{}, v.topics...),
 		RemoteAddr: v.remote, Capabilities: append([]string{}, v.caps...),
@@ -57,7 +57,7 @@ func (t *Table) describe(v *VM, now int64) (bus.VM, Session) {
 		Forwards: []string{},
 	}
 	if v.reachable {
-		d.State = "reachable"
+		d.State = bus.StateReachable
 	} else {
 		d.Reason = v.reason
 	}
@@ -93,20 +93,6 @@ func (t *Table) Strangers() int {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return t.strange
-}
-
-// Reachable lists the names of the VMs that are, sorted.
-func (t *Table) Reachable() []string {
-	t.mu.Lock()
-	names := make([]string, 0, len(t.vms))
-	for name, v := range t.vms {
-		if v.reachable {
-			names = append(names, name)
-		}
-	}
-	t.mu.Unlock() // and sorting takes longer: guests that connect are not to wait for it
-	slices.Sort(names)
-	return names
 }
 
 // Last is what the file of a VM's last handshake tells; times are wall clock,

@@ -127,7 +127,7 @@ func (f *Factory) runPublish(cmd *cobra.Command, o *publishOptions, source strin
 		known := false
 		return eachPayload(cmd, source, func(payload []byte) error {
 			if !known { // asked once, and only when there is something to publish
-				if err := f.mustKnow(ctx, o.vm); err != nil {
+				if err := f.mayPublish(ctx, o); err != nil {
 					return err
 				}
 				known = true
@@ -139,7 +139,7 @@ func (f *Factory) runPublish(cmd *cobra.Command, o *publishOptions, source strin
 	if req.Payload, err = readPayload(cmd, source); err != nil {
 		return err
 	}
-	if err := f.mustKnow(ctx, o.vm); err != nil {
+	if err := f.mayPublish(ctx, o); err != nil {
 		return err
 	}
 	return f.publishOne(ctx, o, req)
@@ -161,9 +161,6 @@ func (f *Factory) publishOne(ctx context.Context, o *publishOptions, req bus.Pub
 	switch {
 	case seq == 0:
 		f.note("queued: castra-guestd keeps it until the host has it; see what is between: castractl status")
-		if o.wait {
-			return exitf(ExitUnreachable, "nobody can acknowledge the message while the host is away; it is kept and sent later")
-		}
 		return nil
 	case f.IO.Terminal && !o.printSeq && !f.Quiet:
 		fmt.Fprintf(f.IO.Out, "record %d on %s\n", seq, escape(req.Topic))
@@ -208,21 +205,25 @@ func (f *Factory) publish(ctx context.Context, req bus.PublishRequest) (seq uint
 	return seq, nil
 }
 
-// mustKnow turns down a name that no message can reach: where unknown VMs are
-// refused, one that is neither registered nor was ever there is a slip of the
-// hand. A guest knows no other guests, and so cannot tell. No name is fine.
-func (f *Factory) mustKnow(ctx context.Context, name string) error {
-	if name == "" {
+// mayPublish turns down what can end well for nobody while nothing is stored yet: a
+// message to a VM that is not known, and a wait in a guest.
+func (f *Factory) mayPublish(ctx context.Context, o *publishOptions) error {
+	if o.vm == "" && !o.wait {
 		return nil
 	}
-	st, err := f.status(ctx, MayStart, []string{name})
+	st, err := f.status(ctx, MayStart, []string{o.vm})
 	if err != nil {
 		return err
 	}
-	return knows(&st, name)
+	if o.wait && st.Broker.Kind == kindGuest {
+		return errors.New("nothing was published: only the host knows which guest acknowledges a message; publish it there, or here without --wait-ack")
+	}
+	return knows(&st, o.vm)
 }
 
-// knows is mustKnow's judgement of what castrad answered.
+// knows turns down a name that no message can reach: where unknown VMs are refused,
+// one that is neither registered nor was ever there is a slip of the hand. A guest
+// knows no other guests, and so cannot tell. No name is fine.
 func knows(st *bus.Status, name string) error {
 	if name == "" || st.Broker.Kind == kindGuest || st.Broker.UnknownVMs != "reject" || findVM(st, name) != nil {
 		return nil

@@ -100,7 +100,6 @@ func TestPublishAnswers(t *testing.T) {
 	run(t, answer(0, nil), args()).want(t, 0, "", "queued")
 	run(t, answer(0, nil), args("-q")).want(t, 0, "", "")
 	run(t, answer(0, nil), args("--print-seq", "-q")).want(t, 0, "0\n", "")
-	run(t, answer(0, nil), args("--wait-ack", "1s")).want(t, ExitUnreachable, "", "nobody can acknowledge")
 	run(t, answer(0, dbusclient.ErrNotRunning), args()).want(t, ExitNoCastrad, "", "daemon not running")
 	run(t, answer(0, errors.New("broken\n\x1b[31m")), args()).want(t, ExitFailed, "", `broken \u001b[31m`)
 	for code, want := range map[bus.Code]int{
@@ -138,6 +137,13 @@ func TestPublishWaitAck(t *testing.T) {
 	run(t, c, args, func(f *Factory) { f.IO.Terminal = true }).want(t, 0, "acknowledged by web1\n", "")
 	c.waitAck = func(uint64, time.Duration) (string, error) { return "", bus.Errorf(bus.CodeNoAck, "none") }
 	run(t, c, args).want(t, ExitUnreachable, "", "record 42 is stored, but no guest acknowledged it within 5s")
+	for _, args := range [][]string{args, {"bus", "publish", "--wait-ack", "5s", "1"}} {
+		c := &fakeClient{
+			status:  func([]string) (bus.Status, error) { return bus.Status{Broker: bus.Broker{Kind: "guest"}}, nil },
+			publish: func(bus.PublishRequest) (uint64, error) { t.Error("published, though nobody can wait here"); return 1, nil },
+		}
+		run(t, c, args).want(t, ExitFailed, "", "nothing was published: only the host knows")
+	}
 }
 
 func TestPublishTooMuchInput(t *testing.T) {

@@ -287,19 +287,24 @@ func cmdSystemd(ts *testscript.TestScript, neg bool, args []string) {
 		ts.Fatalf("usage: systemd STATE")
 	}
 	w := worldOf(ts)
+	const name = "org.freedesktop.systemd1"
 	if w.systemd != nil {
-		w.systemd.Close()
+		// The message bus sees a connection end at any time, and has the name by then.
+		_, err := w.systemd.ReleaseName(name)
+		ts.Check(errors.Join(err, w.systemd.Close()))
 	}
 	conn, err := dbus.Connect(w.address)
 	ts.Check(err)
 	w.systemd = conn
-	const name = "org.freedesktop.systemd1"
 	ts.Check(conn.Export(fakeSystemd{args[0]}, "/org/freedesktop/systemd1", name+".Manager"))
 	for _, path := range []dbus.ObjectPath{"/socket", "/service"} {
 		ts.Check(conn.Export(fakeSystemd{args[0]}, path, "org.freedesktop.DBus.Properties"))
 	}
-	_, err = conn.RequestName(name, dbus.NameFlagDoNotQueue)
+	got, err := conn.RequestName(name, dbus.NameFlagDoNotQueue)
 	ts.Check(err)
+	if got != dbus.RequestNameReplyPrimaryOwner {
+		ts.Fatalf("the message bus answers %d: somebody has %s still", got, name)
+	}
 }
 
 // cmdAwait: await FILE TEXT, until the file, which a background command writes,

@@ -72,12 +72,12 @@ type announcer struct {
 // settle takes back what the disk did not store of the stuck batch. Call it when the
 // batch is done with: that is told once.
 func (b *Broker) settle(a *announcer) {
-	a.pending = append(b.said(a.stuck, a.sent), a.pending...)
+	a.pending = append(b.noteSaid(a.stuck, a.sent), a.pending...)
 	a.stuck, a.sent = nil, nil
 }
 
-// said takes in which of the changes the log has stored, and gives the others.
-func (b *Broker) said(batch *eventlog.Batch, changes []presence.Change) (refused []presence.Change) {
+// noteSaid takes in which of the changes the log has stored, and gives the others.
+func (b *Broker) noteSaid(batch *eventlog.Batch, changes []presence.Change) (refused []presence.Change) {
 	var stored []presence.Change
 	for i := range batch.Entries {
 		if batch.Entries[i].Err != nil {
@@ -86,9 +86,9 @@ func (b *Broker) said(batch *eventlog.Batch, changes []presence.Change) (refused
 			stored = append(stored, changes[i])
 		}
 	}
-	b.announced.stored(stored)
+	b.words.stored(stored)
 	if len(stored) > 0 {
-		b.records.announced()
+		b.records.listDue()
 	}
 	return refused
 }
@@ -109,11 +109,11 @@ func (b *Broker) publishPresence(a *announcer) {
 		for _, c := range now {
 			batch.Entries = append(batch.Entries, presenceEntry(c))
 		}
-		b.announced.begin()
+		b.words.begin()
 		err := b.events.Append(context.Background(), batch)
 		switch {
 		case err == nil:
-			if left := b.said(batch, now); len(left) > 0 {
+			if left := b.noteSaid(batch, now); len(left) > 0 {
 				a.pending = append(left, a.pending[len(now):]...)
 				return
 			}
@@ -123,7 +123,7 @@ func (b *Broker) publishPresence(a *announcer) {
 			a.pending = a.pending[len(now):]
 			return
 		default:
-			b.announced.stored(nil)
+			b.words.stored(nil)
 			return
 		}
 	}

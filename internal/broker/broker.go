@@ -101,8 +101,8 @@ type Broker struct {
 	refusals   presence.Bucket
 	limited    limitCounts
 	shares     shares
-	announced  *announced
-	left       []presence.Change // what a castrad that was killed had no time to say
+	words      *lastWords
+	left       []presence.Change // what the castrad before had no time or no room to say
 	scans      chan struct{}     // see session.Options.Scans
 	idle       *session.Idle
 	couriers   *session.Couriers
@@ -145,10 +145,10 @@ func Open(opts Options) (*Broker, error) {
 	if err := b.openLog(); err != nil {
 		return nil, err
 	}
-	if b.announced, err = recallAnnounced(filepath.Join(opts.StateDir, "reachable.json"), b.events); err != nil {
+	if b.words, err = recallWords(filepath.Join(opts.StateDir, "reachable.json"), b.events, recallBytes); err != nil {
 		logging.PresenceUnknown.On(b.log).WithError(err).Warn("who was reachable when castrad ended is not known")
 	}
-	b.records.said = b.announced
+	b.records.words = b.words
 	for _, e := range opts.Registry.List() {
 		b.table.Know(e.Name)
 	}
@@ -162,11 +162,15 @@ func Open(opts Options) (*Broker, error) {
 	b.configureSessions(&settings)
 	b.ctx, b.cancel = context.WithCancel(context.Background())
 	b.ctx2, b.cancel2 = context.WithCancel(context.Background())
-	if !b.inherit() {
+	inherited := b.inherit()
+	b.table.Sweep() // time has gone on since those were described
+	said, _ := b.words.names()
+	b.left = b.table.CatchUp(said)
+	if !inherited {
 		b.records.past = &past{recall: b.recall, read: make(map[string]struct{})}
 		b.work.Go(b.remember)
 	}
-	recording, announced := context.WithCancel(context.Background())
+	recording, stopRecording := context.WithCancel(context.Background())
 	b.work.Go(func() { b.records.run(recording) })
 	b.work.Go(func() { b.cursors.run(b.ctx2, func(err error) { b.note(partCursors, err) }) })
 	b.work.Go(b.sweep)
@@ -174,7 +178,7 @@ func Open(opts Options) (*Broker, error) {
 	b.work.Go(func() { b.couriers.Run(b.ctx2) })
 	b.work.Go(b.watchStrangers)
 	b.work.Go(func() {
-		defer announced()
+		defer stopRecording()
 		b.announce()
 	})
 	return b, nil

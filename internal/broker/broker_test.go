@@ -98,12 +98,12 @@ func TestAcksBearTheID(t *testing.T) {
 	g.send(
 		`{"type":"publish","topic":"t","id":"1"}`, `{"type":"subscribe","topic":"t","id":"2"}`, `{"id":"3\u0022","type":"unsubscribe","topic":"t"}`,
 		`{"type":"heartbeat","id":"4"}`, `{"type":"subscribe","topic":"a b","id":"5"}`, `{"type":"subscribe","topic":"t","sub":1,"id":"6"}`,
-		`{"type":"unheard-of","id":"7"}`, `{"type":8,"id":"8"}`, `{"type":"heartbeat","id":"`+long+`"}`, `{"type":"heartbeat","id":10}`,
+		`{"type":"unheard-of","id":"7"}`, `{"type":8,"id":"8"}`, `{"type":"gap","id":"9"}`, `{"type":"heartbeat","id":"`+long+`"}`, `{"type":"heartbeat","id":10}`,
 	)
 	for _, want := range []string{
 		`{"ack":"publish","status":"ok","id":"1"}`, `{"ack":"subscribe","status":"ok","id":"2"}`, `{"ack":"unsubscribe","status":"ok","id":"3\""}`,
 		`{"ack":"heartbeat","status":"ok","id":"4"}`, `{"ack":"subscribe","code":"bad-topic","id":"5"}`, `{"ack":"subscribe","code":"bad-frame","id":"6"}`,
-		`{"code":"unsupported-type","id":"7"}`, `{"code":"bad-frame","id":"8"}`,
+		`{"code":"unsupported-type","id":"7"}`, `{"code":"bad-frame","id":"8"}`, `{"code":"unsupported-type","id":"9"}`,
 	} {
 		g.expect(want)
 	}

@@ -15,7 +15,6 @@ import (
 
 	"github.com/castrabus/castra/internal/handover"
 	"github.com/castrabus/castra/internal/logging"
-	"github.com/castrabus/castra/internal/presence"
 	"github.com/castrabus/castra/internal/session"
 	"github.com/castrabus/castra/internal/wire"
 )
@@ -24,14 +23,12 @@ import (
 // with them (session.Frozen), with room to spare.
 const maxStateLine = 16 << 20
 
-// inherit takes over what the castrad before left, and knows then which of those
-// that it left reachable are to be announced as gone. Whatever is wrong with it,
-// the broker does without. It tells whether it has what that castrad knew.
+// inherit takes over what the castrad before left. Whatever is wrong with it, the broker
+// does without. It tells whether it has what that castrad knew.
 func (b *Broker) inherit() (taken bool) {
-	resumed := make(map[string]bool)
 	if b.opts.Inherit != nil {
 		began := time.Now()
-		sessions, err := b.resume(resumed)
+		sessions, err := b.resume()
 		if err != nil {
 			logging.HandOverFailed.On(b.log).WithError(err).Error("what the castrad before handed over cannot be used; its guests connect anew")
 		} else {
@@ -39,18 +36,11 @@ func (b *Broker) inherit() (taken bool) {
 			logging.SessionsTakenOver.On(b.log).WithFields(logrus.Fields{"count": sessions, "took": time.Since(began).String()}).Info("sessions taken over from the castrad before")
 		}
 	}
-	left, _ := b.announced.names()
-	for _, name := range left {
-		if !resumed[name] {
-			b.left = append(b.left, presence.Change{VM: name, Reason: presence.ReasonRestarted})
-		}
-	}
 	return taken
 }
 
-// resume fills the table and starts the sessions. It notes in resumed whom nobody
-// is to be told of. After an error nothing was taken over.
-func (b *Broker) resume(resumed map[string]bool) (n int, err error) {
+// resume fills the table and starts the sessions. After an error nothing was taken over.
+func (b *Broker) resume() (n int, err error) {
 	state, conns, err := handover.Unpack(b.opts.Inherit)
 	if err != nil {
 		return 0, err
@@ -95,11 +85,6 @@ func (b *Broker) resume(resumed map[string]bool) (n int, err error) {
 	}
 	close(todo)
 	work.Wait()
-	for i := range vms {
-		if v, ok := b.table.Last(vms[i].VM); ok && !v.Handshake.IsZero() {
-			resumed[vms[i].VM] = true // what of it is news, Resume has noted
-		}
-	}
 	for _, s := range sessions {
 		if s != nil {
 			b.guests.Add(1)

@@ -46,7 +46,7 @@ type recorder struct {
 	table *presence.Table
 	log   *logrus.Logger
 	past  *past // nil: there is none
-	said  *announced
+	words *lastWords
 
 	events chan event    // see eventQueue
 	wake   chan struct{} // room for one token: a VM's file is due
@@ -98,8 +98,8 @@ func (r *recorder) handshake(vms ...string) {
 	token.Leave(r.wake)
 }
 
-// announced makes the list of who was announced as reachable due.
-func (r *recorder) announced() {
+// listDue makes the list of who was announced as reachable due.
+func (r *recorder) listDue() {
 	r.mu.Lock()
 	r.list = true
 	r.mu.Unlock()
@@ -132,7 +132,7 @@ func (r *recorder) run(ctx context.Context) {
 			for len(r.events) > 0 {
 				r.note(r.append(files, <-r.events))
 			}
-			r.announced()
+			r.listDue()
 			r.writeDue()
 			for _, f := range files {
 				r.note(f.close())
@@ -191,8 +191,8 @@ func (r *recorder) note(err error) {
 // refresh makes the files due that have fallen behind. Call it every second or so.
 func (r *recorder) refresh() {
 	r.handshake(r.table.Unrecorded(handshakePeriod)...)
-	if r.said.behind() {
-		r.announced()
+	if r.words.behind() {
+		r.listDue()
 	}
 }
 
@@ -207,7 +207,7 @@ func (r *recorder) writeDue() {
 	}
 	r.free = due
 	if list {
-		r.note(r.said.write())
+		r.note(r.words.write())
 	}
 }
 

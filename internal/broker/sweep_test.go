@@ -20,7 +20,7 @@ func TestReloadWakesSweep(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		records.said = &announced{log: testLog(t, t.TempDir())}
+		records.words = &lastWords{log: testLog(t, t.TempDir())}
 		b := &Broker{table: table, records: records}
 		b.ctx2, b.cancel2 = context.WithCancel(t.Context())
 		b.work.Go(b.sweep)

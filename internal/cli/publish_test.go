@@ -139,8 +139,11 @@ func TestPublishWaitAck(t *testing.T) {
 	run(t, c, args).want(t, ExitUnreachable, "", "record 42 is stored, but no guest acknowledged it within 5s")
 	for _, args := range [][]string{args, {"bus", "publish", "--wait-ack", "5s", "1"}} {
 		c := &fakeClient{
-			status:  func([]string) (bus.Status, error) { return bus.Status{Broker: bus.Broker{Kind: "guest"}}, nil },
-			publish: func(bus.PublishRequest) (uint64, error) { t.Error("published, though nobody can wait here"); return 1, nil },
+			status: func([]string) (bus.Status, error) { return bus.Status{Broker: bus.Broker{Kind: "guest"}}, nil },
+			publish: func(bus.PublishRequest) (uint64, error) {
+				t.Error("published, though nobody can wait here")
+				return 1, nil
+			},
 		}
 		run(t, c, args).want(t, ExitFailed, "", "nothing was published: only the host knows")
 	}

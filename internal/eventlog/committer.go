@@ -30,6 +30,7 @@ type committer struct {
 	failures  int       // writes failed since the last one that succeeded
 	lastError error     // of the newest failed write
 	held      bool      // a segment is kept only because the VMs' streams are behind
+	unfreed   bool      // one is kept only until the blocks of others are given back
 	torn      *Cut      // an unfinished tail that there was no room to keep aside; nil: none
 	led       bool      // it is a publisher who commits
 
@@ -54,7 +55,7 @@ func (l *Log) run() {
 			l.commitQueued(b)
 		case <-l.around:
 			l.round(func() {
-				if c.held || l.released.Load() > 0 {
+				if c.held || c.unfreed || l.released.Load() > 0 {
 					l.expire()
 				}
 			})
@@ -287,8 +288,12 @@ func (l *Log) shut() error {
 	if l.perVM != nil {
 		l.perVM.stop()
 	}
-	defer l.stream.freed()
-	return l.finish()
+	err := l.finish()
+	if l.stream.freeing != nil {
+		close(l.stream.freeing)
+		<-l.freed
+	}
+	return err
 }
 
 // finish is shut without ending goroutines.

@@ -143,6 +143,7 @@ type Log struct {
 	fault     atomic.Pointer[State] // the last one that is still to be reported, over or not
 	changed   chan struct{}         // room for one token: the state is to be reported
 	reported  chan struct{}         // closed when the reporting goroutine has ended
+	freed     chan struct{}         // closed when the freeing goroutine has
 
 	quit     chan struct{} // closed by Close
 	quitOnce sync.Once
@@ -163,6 +164,8 @@ func Open(opts Options) (*Log, *Recovery, error) {
 	if err != nil {
 		return nil, nil, err
 	}
+	l.stream.freeing = make(chan File, maxFreeing)
+	go l.free()
 	go l.run()
 	go l.reportState()
 	if l.perVM != nil {
@@ -193,7 +196,7 @@ func open(opts Options) (*Log, *Recovery, error) {
 	}
 	l := &Log{
 		opts:      opts,
-		stream:    stream{fs: opts.FS, dir: opts.Dir, freeing: make(chan struct{}, 1)},
+		stream:    stream{fs: opts.FS, dir: opts.Dir},
 		recent:    recent{budget: opts.Recent},
 		queue:     make(chan *Batch, 1024),
 		startedAt: time.Now(),
@@ -201,6 +204,7 @@ func open(opts Options) (*Log, *Recovery, error) {
 		done:      make(chan struct{}),
 		changed:   make(chan struct{}, 1),
 		reported:  make(chan struct{}),
+		freed:     make(chan struct{}),
 		around:    make(chan struct{}, 1),
 		turn:      make(chan struct{}, 1),
 	}
@@ -338,6 +342,10 @@ func (l *Log) Committed() uint64 { return l.committed.Load() }
 
 // Oldest gives the first number of the oldest segment kept.
 func (l *Log) Oldest() uint64 { return l.stream.oldest() }
+
+// NewestIn gives the first number of the oldest of those newest segments that take at most
+// so many bytes together; the newest is always one of them.
+func (l *Log) NewestIn(bytes int64) uint64 { return l.stream.newestIn(bytes) }
 
 // Lazy tells whether an acknowledged record may still be lost to a power cut.
 func (l *Log) Lazy() bool { return l.opts.SyncEvery != 0 }

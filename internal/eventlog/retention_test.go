@@ -155,7 +155,7 @@ func TestExpireByAge(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			if _, err := s.expire(retention{age: 24 * time.Hour, before: c.before}, now); err != nil {
+			if _, _, err := s.expire(retention{age: 24 * time.Hour, before: c.before}, now); err != nil {
 				t.Fatal(err)
 			}
 			files, err := os.ReadDir(s.dir)
@@ -189,7 +189,7 @@ func TestVMReaderExpired(t *testing.T) {
 		t.Fatal(rec.Seq)
 	}
 	st := &l.perVM.known("web1").st
-	if _, err := st.expire(retention{size: 8000, before: noNumber}, time.Now()); err != nil {
+	if _, _, err := st.expire(retention{size: 8000, before: noNumber}, time.Now()); err != nil {
 		t.Fatal(err)
 	}
 	next, gaps := uint64(2), 0
@@ -253,16 +253,15 @@ func TestExpireWhatCannotBeRemoved(t *testing.T) {
 	}
 }
 
-// freeingFS is a file system on which it takes until freed is closed to give back the
-// blocks of the first file that is removed. Only what is opened to be read counts.
+// freeingFS is a file system on which it takes until freed is closed to give the blocks
+// of removed files back.
 type freeingFS struct {
 	FS
 	freed chan struct{}
 
 	mu      sync.Mutex
 	removed map[string]bool
-	begun   int // files closed after they had been removed
-	ended   int
+	back    int // of how many the blocks are back
 }
 
 func (s *freeingFS) Remove(name string) error {
@@ -289,53 +288,72 @@ type freeingFile struct {
 func (f freeingFile) Close() error {
 	s := f.fs
 	s.mu.Lock()
-	removed, first := s.removed[f.name], s.begun == 0
-	if removed {
-		s.begun++
-	}
+	removed := s.removed[f.name]
 	s.mu.Unlock()
-	if removed && first {
-		<-s.freed
-	}
-	err := f.File.Close()
 	if removed {
+		<-s.freed
 		s.mu.Lock()
-		s.ended++
+		s.back++
 		s.mu.Unlock()
 	}
-	return err
+	return f.File.Close()
 }
 
-// Publishers do not wait for an expired segment's blocks to be given back, but the
-// log's end does.
+// No publisher waits until expired segments' blocks are given back, of however many. More
+// than may wait for it stay until there is room, and the log's end waits for all.
 func TestNoAckWaitsForFreeing(t *testing.T) {
-	bubble.Test(t, func(t *testing.T) {
-		disk := &freeingFS{FS: &sharedFS{FS: newSimDisk(rand.New(rand.NewPCG(1, 1)))}, freed: make(chan struct{}), removed: make(map[string]bool)}
-		o := testOptions("/log")
-		o.FS, o.SegmentSize, o.Retention, o.PerVM = disk, 4096, 2*4096, nil
-		free := sync.OnceFunc(func() { close(disk.freed) })
-		defer free()
-		l := mustOpen(t, o)
-		for range 100 {
-			publish(t, l, "web1", "t", "", `"`+strings.Repeat("x", 500)+`"`)
+	for _, end := range []bool{false, true} {
+		bubble.Test(t, func(t *testing.T) {
+			disk := &freeingFS{FS: &sharedFS{FS: newSimDisk(rand.New(rand.NewPCG(1, 1)))}, freed: make(chan struct{}), removed: make(map[string]bool)}
+			o := testOptions("/log")
+			o.FS, o.SegmentSize, o.Retention, o.PerVM = disk, 4096, 2*4096, nil
+			free := sync.OnceFunc(func() { close(disk.freed) })
+			defer free()
+			l := mustOpen(t, o)
+			for range 300 {
+				publish(t, l, "web1", "t", "", `"`+strings.Repeat("x", 500)+`"`)
+			}
+			synctest.Wait()
+			if n := segmentsIn(t, o, o.Dir); len(disk.removed) != maxFreeing+1 || disk.back != 0 || n < 10 {
+				t.Fatalf("%d segments are removed, the blocks of %d are back, and %d are there", len(disk.removed), disk.back, n)
+			}
+			if end {
+				closed := make(chan error, 1)
+				go func() { closed <- l.Close() }()
+				synctest.Wait()
+				select {
+				case err := <-closed:
+					t.Fatalf("the log ended, with %v, before all blocks were back", err)
+				default:
+				}
+				free()
+				if err := <-closed; err != nil {
+					t.Fatal(err)
+				}
+			} else {
+				free()
+				synctest.Wait()
+				if n := segmentsIn(t, o, o.Dir); n > 3 { // 8 KiB, and the newest
+					t.Errorf("%d segments are left", n)
+				}
+				mustClose(t, l)
+			}
+			if disk.back != len(disk.removed) {
+				t.Errorf("%d of %d files are closed", disk.back, len(disk.removed))
+			}
+		})
+	}
+}
+
+// A reader that wants no more than so many bytes of the log begins with a segment.
+func TestNewestIn(t *testing.T) {
+	s := &stream{segs: []segment{{first: 1, size: 100}, {first: 5, size: 100}, {first: 9, size: 100}, {first: 12, size: 30}}}
+	for bytes, want := range map[int64]uint64{0: 12, 29: 12, 30: 12, 129: 12, 130: 9, 330: 1, 1000: 1} {
+		if got := s.newestIn(bytes); got != want {
+			t.Errorf("with %d bytes it begins with %d, want %d", bytes, got, want)
 		}
-		closed := make(chan error, 1)
-		go func() { closed <- l.Close() }()
-		synctest.Wait()
-		if disk.begun < 3 || disk.ended != disk.begun-1 {
-			t.Fatalf("%d segments were removed, and the blocks of %d of them are back", disk.begun, disk.ended)
-		}
-		select {
-		case err := <-closed:
-			t.Fatalf("the log ended, with %v, before all blocks were back", err)
-		default:
-		}
-		free()
-		if err := <-closed; err != nil {
-			t.Fatal(err)
-		}
-		if disk.ended != disk.begun {
-			t.Fatalf("%d of %d files were closed", disk.ended, disk.begun)
-		}
-	})
+	}
+	if got := (&stream{}).newestIn(5); got != 1 {
+		t.Errorf("of an empty log it begins with %d", got)
+	}
 }

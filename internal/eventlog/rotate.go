@@ -104,14 +104,28 @@ func (l *Log) expire() {
 	if l.perVM != nil {
 		r.before = l.perVM.saved.Load() + 1
 	}
-	held, err := l.stream.expire(r, time.Now())
+	held, busy, err := l.stream.expire(r, time.Now())
 	if l.c.held = held; held {
 		l.perVM.hurry()
 	}
 	if released := l.released.Load(); released > 0 && err == nil {
-		_, err = l.stream.expire(retention{size: 1, before: released + 1}, time.Now())
+		_, busy, err = l.stream.expire(retention{size: 1, before: released + 1}, time.Now())
 	}
+	l.c.unfreed = busy
 	l.note(err)
+}
+
+// maxFreeing is how many removed segments may wait to be given back: descriptors, and
+// more than are removed where it is a rotation's turn.
+const maxFreeing = 16
+
+// free gives the blocks of removed segments back, until the log ends.
+func (l *Log) free() {
+	defer close(l.freed)
+	for f := range l.stream.freeing {
+		_ = f.Close()
+		l.lookAround() // if there are more than had room
+	}
 }
 
 // note tells of what went wrong without anything being refused; nil: nothing did.

@@ -46,10 +46,9 @@ type stream struct {
 	// or may have been by a run that was killed. It is the writer's.
 	unsynced bool
 
-	// freeing holds a token while a removed segment's blocks are given back behind the
-	// writer's back, and has room for one: whoever removes faster than that is to wait.
-	// nil: he always does.
-	freeing chan struct{}
+	// freeing takes removed segments that are still open; nil: whoever removes gives their
+	// blocks back himself.
+	freeing chan File
 }
 
 func segmentName(first uint64) string {
@@ -240,15 +239,19 @@ const minSealed = time.Hour
 // expire removes whole segments, oldest first, never the newest, until the
 // stream is within r. It stops at the first that cannot be removed: a newer one
 // must not go before it, or the stream would have a hole. held tells whether
-// r.before kept one that should have gone.
-func (s *stream) expire(r retention, now time.Time) (held bool, err error) {
+// r.before kept one that should have gone, busy whether there may be more than can be
+// given back just now.
+func (s *stream) expire(r retention, now time.Time) (held, busy bool, err error) {
 	for {
+		if s.freeing != nil && len(s.freeing) == cap(s.freeing) {
+			return false, true, nil
+		}
 		doomed, tooBig, held := s.doomed(r, now)
 		if doomed.first == 0 {
-			return held, nil
+			return held, false, nil
 		}
 		if err := s.remove(doomed); err != nil {
-			return false, err
+			return false, false, err
 		}
 		if tooBig && r.oversize != nil {
 			r.oversize()
@@ -284,26 +287,24 @@ func (s *stream) unlink(path string) error {
 		held, _ = s.fs.OpenFile(path, os.O_RDONLY, 0) // else it takes its time
 	}
 	err := s.fs.Remove(path)
-	if held == nil {
-		return err
-	}
-	select {
-	case s.freeing <- struct{}{}:
-		go func() {
-			_ = held.Close()
-			<-s.freeing
-		}()
-	default:
-		_ = held.Close()
+	if held != nil {
+		s.freeing <- held // there is room: see expire
 	}
 	return err
 }
 
-// freed returns once nothing is given back any more. Nothing may be removed afterwards.
-func (s *stream) freed() {
-	if s.freeing != nil {
-		s.freeing <- struct{}{}
+// newestIn is [Log.NewestIn].
+func (s *stream) newestIn(bytes int64) uint64 {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	first := uint64(1)
+	for i := len(s.segs) - 1; i >= 0; i-- {
+		if bytes -= s.segs[i].size; bytes < 0 && i < len(s.segs)-1 {
+			break
+		}
+		first = s.segs[i].first
 	}
+	return first
 }
 
 // doomed takes the oldest segment off the list if r says that it is to go, so

@@ -1,7 +1,9 @@
 package presence
 
 import (
+	"cmp"
 	"slices"
+	"strings"
 	"sync/atomic"
 	"time"
 )
@@ -168,6 +170,38 @@ func (t *Table) Resume(c *Carried, s Session, elapsed time.Duration) *VM {
 	}
 	t.touched[v.name] = struct{}{}
 	return v
+}
+
+// CatchUp gives what is to be said to those who were told last that the VMs in said are
+// reachable, and no others, sorted by name. [Table.Changes] has nothing of it any more.
+func (t *Table) CatchUp(said []string) []Change {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	reasons := make(map[string]string) // of those that have been dropped
+	for _, c := range t.changes {
+		reasons[c.VM] = c.Reason
+	}
+	t.changes = nil
+	told := make(map[string]struct{}, len(said))
+	for _, name := range said {
+		told[name] = struct{}{}
+	}
+	var changes []Change
+	for name, v := range t.vms {
+		_, was := told[name]
+		if was && v.handshake.IsZero() {
+			continue // it is known, and was not heard of yet
+		}
+		if was != v.reachable {
+			changes = append(changes, Change{VM: name, Reachable: v.reachable, Reason: v.reason})
+		}
+		delete(told, name)
+	}
+	for name := range told {
+		changes = append(changes, Change{VM: name, Reason: cmp.Or(reasons[name], ReasonRestarted)})
+	}
+	slices.SortFunc(changes, func(a, b Change) int { return strings.Compare(a.VM, b.VM) })
+	return changes
 }
 
 // Remember takes in what was written down of a VM before the broker began, read from

@@ -169,3 +169,27 @@ func TestLevel(t *testing.T) {
 		t.Errorf("long ago it was at %+v", l)
 	}
 }
+
+// Whoever was told something else last is told how it is, and nobody anything twice.
+func TestCatchUp(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
+		tab := New(Options{ReachableWithin: 45 * time.Second, SessionTimeout: time.Minute})
+		for _, name := range []string{"told", "news", "forgotten", "left"} {
+			tab.Attend(name, "127.0.0.1:9", nil)
+		}
+		tab.Know("known")
+		tab.Forget("forgotten")
+		tab.set(tab.vms["left"], false, ReasonSilent)
+		got := fmt.Sprint(tab.CatchUp([]string{"told", "left", "known", "forgotten", "unheard-of"}))
+		want := fmt.Sprint([]Change{
+			{VM: "forgotten", Reason: ReasonDisconnected}, {VM: "known", Reason: ReasonRestarted}, {VM: "left", Reason: ReasonSilent},
+			{VM: "news", Reachable: true, Reason: tab.vms["news"].reason}, {VM: "unheard-of", Reason: ReasonRestarted},
+		})
+		if got != want {
+			t.Errorf("they are told %s, want %s", got, want)
+		}
+		if changes, _ := tab.Changes(); changes != nil {
+			t.Errorf("%v is told again", changes)
+		}
+	})
+}

@@ -75,15 +75,12 @@ func (f *members) fill(m *Message) {
 	case "subscribe":
 		m.Type = TypeSubscribe
 		f.fillSubscribe(m)
-		m.ID = f.text(mID)
 	case "unsubscribe":
 		m.Type = TypeUnsubscribe
 		m.Subscription = f.known(m, mSubscription, "subscription must be a string")
 		m.Topic = f.known(m, mTopic, "topic must be a string")
-		m.ID = f.text(mID)
 	case "heartbeat":
 		m.Type = TypeHeartbeat
-		m.ID = f.text(mID)
 	case "ack":
 		m.Type = TypeAck
 		f.fillAck(m)
@@ -95,7 +92,8 @@ func (f *members) fill(m *Message) {
 	case "error":
 		m.Type = TypeError
 		m.Code, m.Reason = f.text(mCode), f.text(mReason)
-	default:
+	}
+	if m.Type != TypePublish && m.Type != TypeAck { // which have taken it
 		m.ID = f.text(mID)
 	}
 }

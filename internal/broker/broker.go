@@ -146,7 +146,7 @@ func Open(opts Options) (*Broker, error) {
 		return nil, err
 	}
 	if b.words, err = recallWords(filepath.Join(opts.StateDir, "reachable.json"), b.events, recallBytes); err != nil {
-		logging.PresenceUnknown.On(b.log).WithError(err).Warn("who was reachable when castrad ended is not known")
+		logging.PresenceUnknown.On(b.log).WithError(err).Warn("who was reachable when castrad ended may not be wholly known")
 	}
 	b.records.words = b.words
 	for _, e := range opts.Registry.List() {
@@ -163,7 +163,6 @@ func Open(opts Options) (*Broker, error) {
 	b.ctx, b.cancel = context.WithCancel(context.Background())
 	b.ctx2, b.cancel2 = context.WithCancel(context.Background())
 	inherited := b.inherit()
-	b.table.Sweep() // time has gone on since those were described
 	said, _ := b.words.names()
 	b.left = b.table.CatchUp(said)
 	if !inherited {

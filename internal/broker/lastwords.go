@@ -1,6 +1,7 @@
 package broker
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -19,15 +20,15 @@ import (
 )
 
 const (
-	// maxBehind is how many records the list may lie behind the log before it is written
-	// for that alone: a start reads them in a few hundredths of a second.
-	maxBehind = 1 << 16
+	// maxBehind is how many bytes of the log the list may lie behind before it is written
+	// for that alone, to whole segments: a start reads them in a fifth of a second.
+	maxBehind = 64 << 20
 
-	// listPeriod is how long it may do so where records are fewer, and perhaps large.
-	listPeriod = 10 * time.Second
+	// listPeriod is how long it may do so where there is less.
+	listPeriod = 30 * time.Second
 
-	// recallBytes is how much of the log a start reads at most, in half a second, where
-	// the list could not be written for long.
+	// recallBytes is how much of the log a start reads at most, but for the rest of a
+	// segment, where the list could not be written for long.
 	recallBytes = 256 << 20
 
 	// maxReachable is more than the list of any number of VMs that there may be takes, in
@@ -41,8 +42,8 @@ const (
 type lastWords struct {
 	path string
 	log  *eventlog.Log
-	// heard is the record up to which no word was missed: the largest number, but where the
-	// disk failed while a start listened. No list says that it has more.
+	// heard is the record up to which there is no word to be heard any more: the largest
+	// number, but where the disk failed while a start listened. No list says that it has more.
 	heard uint64
 
 	mu        sync.Mutex
@@ -56,7 +57,8 @@ type lastWords struct {
 }
 
 // recallWords hears what the castrad before has said: the list, and the words that the log
-// has behind it, in its newest most bytes. After an error some of it may be missing.
+// has behind it, in its newest most bytes, to whole segments. With the error that some of
+// it may be missing it gives what there is.
 func recallWords(path string, log *eventlog.Log, most int64) (*lastWords, error) {
 	w := &lastWords{path: path, log: log, heard: math.MaxUint64, reachable: make(map[string]struct{}), written: time.Now()}
 	data, err := statefile.Read(path, maxReachable, statefile.NoFollow)
@@ -76,7 +78,12 @@ func recallWords(path string, log *eventlog.Log, most int64) (*lastWords, error)
 	if doubted {
 		w.listed = 0
 	}
-	if herr := w.hear(max(w.listed+1, log.NewestIn(most)), newest); herr != nil {
+	first := max(w.listed+1, log.NewestIn(most))
+	herr := w.hear(first, newest)
+	if first > w.listed+1 {
+		herr = errors.Join(herr, &eventlog.Gap{From: w.listed + 1, To: first - 1})
+	}
+	if herr != nil {
 		err = errors.Join(err, fmt.Errorf("looking in the event log for who was reachable: %w", herr))
 	}
 	if doubted {
@@ -85,8 +92,9 @@ func recallWords(path string, log *eventlog.Log, most int64) (*lastWords, error)
 	return w, err
 }
 
-// hear takes in the words among the records from first to newest.
-func (w *lastWords) hear(first, newest uint64) error {
+// hear takes in the words among the records from first to newest. The error tells of the
+// first that are not to be had any more, or cannot be read just now.
+func (w *lastWords) hear(first, newest uint64) (missed error) {
 	r := w.log.NewReader(first)
 	defer r.Close()
 	var rec eventlog.Record
@@ -94,6 +102,7 @@ func (w *lastWords) hear(first, newest uint64) error {
 		at := r.Position()
 		ok, err := r.Next(&rec)
 		if _, isGap := errors.AsType[*eventlog.Gap](err); isGap {
+			missed = cmp.Or(missed, err)
 			continue
 		}
 		if err != nil {
@@ -114,7 +123,7 @@ func (w *lastWords) hear(first, newest uint64) error {
 			w.say(word.VM, word.State == bus.StateReachable)
 		}
 	}
-	return nil
+	return missed
 }
 
 func (w *lastWords) say(vm string, reachable bool) {
@@ -159,7 +168,7 @@ func (w *lastWords) behind() bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	newest := min(w.log.Committed(), w.heard)
-	return newest > w.listed+maxBehind || newest > w.listed && time.Since(w.written) >= listPeriod
+	return newest > w.listed && (time.Since(w.written) >= listPeriod || w.log.NewestIn(maxBehind) > w.listed+1)
 }
 
 // reachableList is the file.
@@ -171,6 +180,9 @@ type reachableList struct {
 // write writes the file. It is for one goroutine at a time.
 func (w *lastWords) write() error {
 	names, upTo := w.names()
+	w.mu.Lock()
+	w.written = time.Now() // also where it fails: not again at once
+	w.mu.Unlock()
 	data, err := json.Marshal(reachableList{upTo, names})
 	if err == nil {
 		err = replace(w.path, append(data, '\n'))
@@ -179,7 +191,7 @@ func (w *lastWords) write() error {
 		return err
 	}
 	w.mu.Lock()
-	w.listed, w.written = upTo, time.Now()
+	w.listed = upTo
 	w.mu.Unlock()
 	return nil
 }

@@ -201,14 +201,14 @@ func (r *recorder) writeDue() {
 	due, list := r.due, r.list
 	r.due, r.list = r.free, false
 	r.mu.Unlock()
+	if list { // before ten thousand others
+		r.note(r.words.write())
+	}
 	if len(due) > 0 {
 		r.writeVMs(due)
 		clear(due)
 	}
 	r.free = due
-	if list {
-		r.note(r.words.write())
-	}
 }
 
 func (r *recorder) writeVMs(due map[string]struct{}) {

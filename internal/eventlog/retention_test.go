@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -155,7 +156,7 @@ func TestExpireByAge(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			if _, _, err := s.expire(retention{age: 24 * time.Hour, before: c.before}, now); err != nil {
+			if _, _, err := s.expire(retention{age: 24 * time.Hour, before: c.before}, now, false); err != nil {
 				t.Fatal(err)
 			}
 			files, err := os.ReadDir(s.dir)
@@ -189,7 +190,7 @@ func TestVMReaderExpired(t *testing.T) {
 		t.Fatal(rec.Seq)
 	}
 	st := &l.perVM.known("web1").st
-	if _, _, err := st.expire(retention{size: 8000, before: noNumber}, time.Now()); err != nil {
+	if _, _, err := st.expire(retention{size: 8000, before: noNumber}, time.Now(), false); err != nil {
 		t.Fatal(err)
 	}
 	next, gaps := uint64(2), 0
@@ -299,8 +300,9 @@ func (f freeingFile) Close() error {
 	return f.File.Close()
 }
 
-// No publisher waits until expired segments' blocks are given back, of however many. More
-// than may wait for it stay until there is room, and the log's end waits for all.
+// No publisher waits until expired segments' blocks are given back, but where they are
+// begun faster than that: as many as may wait for it bound what there is. The log's end
+// waits for all.
 func TestNoAckWaitsForFreeing(t *testing.T) {
 	for _, end := range []bool{false, true} {
 		bubble.Test(t, func(t *testing.T) {
@@ -310,32 +312,36 @@ func TestNoAckWaitsForFreeing(t *testing.T) {
 			free := sync.OnceFunc(func() { close(disk.freed) })
 			defer free()
 			l := mustOpen(t, o)
-			for range 300 {
-				publish(t, l, "web1", "t", "", `"`+strings.Repeat("x", 500)+`"`)
+			payload := `"` + strings.Repeat("x", 500) + `"`
+			for len(disk.removed) < maxFreeing+1 {
+				publish(t, l, "web1", "t", "", payload)
+				synctest.Wait()
+			}
+			if n := segmentsIn(t, o, o.Dir); disk.back != 0 || n > 3 {
+				t.Fatalf("the blocks of %d are back, and %d segments are there", disk.back, n)
+			}
+			ended := make(chan error, 1) // what waits for the disk
+			if end {
+				go func() { ended <- l.Close() }()
+			} else {
+				go func() {
+					for range 20 { // two segments
+						publish(t, l, "web1", "t", "", payload)
+					}
+					ended <- nil
+				}()
 			}
 			synctest.Wait()
-			if n := segmentsIn(t, o, o.Dir); len(disk.removed) != maxFreeing+1 || disk.back != 0 || n < 10 {
-				t.Fatalf("%d segments are removed, the blocks of %d are back, and %d are there", len(disk.removed), disk.back, n)
+			select {
+			case err := <-ended:
+				t.Fatalf("nobody waited for the disk, %v", err)
+			default:
 			}
-			if end {
-				closed := make(chan error, 1)
-				go func() { closed <- l.Close() }()
-				synctest.Wait()
-				select {
-				case err := <-closed:
-					t.Fatalf("the log ended, with %v, before all blocks were back", err)
-				default:
-				}
-				free()
-				if err := <-closed; err != nil {
-					t.Fatal(err)
-				}
-			} else {
-				free()
-				synctest.Wait()
-				if n := segmentsIn(t, o, o.Dir); n > 3 { // 8 KiB, and the newest
-					t.Errorf("%d segments are left", n)
-				}
+			free()
+			if err := <-ended; err != nil {
+				t.Fatal(err)
+			}
+			if !end {
 				mustClose(t, l)
 			}
 			if disk.back != len(disk.removed) {
@@ -343,6 +349,66 @@ func TestNoAckWaitsForFreeing(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Of many that expire at once none waits in the committer's turn: what has no room among
+// those that are given back goes when there is.
+func TestManyExpireAtOnce(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
+		disk := &freeingFS{FS: &sharedFS{FS: newSimDisk(rand.New(rand.NewPCG(1, 1)))}, freed: make(chan struct{}), removed: make(map[string]bool)}
+		o := testOptions("/log")
+		o.FS, o.SegmentSize, o.MaxAge, o.PerVM = disk, 4096, time.Hour, nil
+		free := sync.OnceFunc(func() { close(disk.freed) })
+		defer free()
+		l := mustOpen(t, o)
+		payload := `"` + strings.Repeat("x", 500) + `"`
+		for range 300 {
+			publish(t, l, "web1", "t", "", payload)
+		}
+		time.Sleep(2 * time.Hour)
+		synctest.Wait()
+		publish(t, l, "web1", "t", "", "1")
+		if n := len(disk.removed); n != maxFreeing+1 || disk.back != 0 {
+			t.Errorf("%d segments are removed, and the blocks of %d are back", n, disk.back)
+		}
+		free()
+		synctest.Wait()
+		if n := segmentsIn(t, o, o.Dir); n != 1 {
+			t.Errorf("%d segments are left", n)
+		}
+		mustClose(t, l)
+	})
+}
+
+// lastingFS is a file system whose files cannot be removed.
+type lastingFS struct {
+	FS
+	tries atomic.Int32
+}
+
+func (s *lastingFS) Remove(string) error {
+	s.tries.Add(1)
+	return syscall.EPERM
+}
+
+// A segment that cannot be removed is tried once for each Release, and not on and on.
+func TestReleaseOfWhatStays(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
+		disk := &lastingFS{FS: &sharedFS{FS: newSimDisk(rand.New(rand.NewPCG(1, 1)))}}
+		o := testOptions("/log")
+		o.FS, o.SegmentSize, o.PerVM, o.OnError = disk, 4096, nil, func(error) {}
+		l := mustOpen(t, o)
+		for range 30 {
+			publish(t, l, "web1", "t", "", `"`+strings.Repeat("x", 500)+`"`)
+		}
+		before := disk.tries.Load()
+		l.Release(l.Committed())
+		synctest.Wait()
+		if n := disk.tries.Load() - before; n != 1 {
+			t.Errorf("it is tried %d times", n)
+		}
+		mustClose(t, l)
+	})
 }
 
 // A reader that wants no more than so many bytes of the log begins with a segment.

@@ -60,7 +60,7 @@ func (l *Log) openNext() error {
 		return errors.Join(err, f.Close())
 	}
 	c.file, c.first, c.size, c.reserved, c.backed, c.begun = f, c.next, 0, 0, 0, 0
-	l.expire()
+	l.tidy(true)
 	return nil
 }
 
@@ -97,19 +97,26 @@ func (l *Log) syncLazily() {
 	}
 }
 
-// expire applies the retention; records that the VMs' streams do not have
-// durably yet stay.
-func (l *Log) expire() {
+// expire is tidy without waiting.
+func (l *Log) expire() { l.tidy(false) }
+
+// tidy applies the retention; records that the VMs' streams do not have durably yet stay.
+// Where segments cannot be given back as fast as they are removed, others stay until they
+// have been, but for one if it may wait: whoever begins segments faster than that is to,
+// or nothing would bound what there is.
+func (l *Log) tidy(wait bool) {
 	r := retention{size: l.opts.Retention, age: l.opts.MaxAge, before: l.c.next}
 	if l.perVM != nil {
 		r.before = l.perVM.saved.Load() + 1
 	}
-	held, busy, err := l.stream.expire(r, time.Now())
+	held, busy, err := l.stream.expire(r, time.Now(), wait)
 	if l.c.held = held; held {
 		l.perVM.hurry()
 	}
 	if released := l.released.Load(); released > 0 && err == nil {
-		_, busy, err = l.stream.expire(retention{size: 1, before: released + 1}, time.Now())
+		var more bool
+		_, more, err = l.stream.expire(retention{size: 1, before: released + 1}, time.Now(), wait)
+		busy = busy || more
 	}
 	l.c.unfreed = busy
 	l.note(err)

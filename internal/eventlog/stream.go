@@ -240,10 +240,10 @@ const minSealed = time.Hour
 // stream is within r. It stops at the first that cannot be removed: a newer one
 // must not go before it, or the stream would have a hole. held tells whether
 // r.before kept one that should have gone, busy whether there may be more than can be
-// given back just now.
-func (s *stream) expire(r retention, now time.Time) (held, busy bool, err error) {
-	for {
-		if s.freeing != nil && len(s.freeing) == cap(s.freeing) {
+// given back just now. With wait it waits until one can.
+func (s *stream) expire(r retention, now time.Time, wait bool) (held, busy bool, err error) {
+	for ; ; wait = false {
+		if !wait && s.freeing != nil && len(s.freeing) == cap(s.freeing) {
 			return false, true, nil
 		}
 		doomed, tooBig, held := s.doomed(r, now)
@@ -287,8 +287,12 @@ func (s *stream) unlink(path string) error {
 		held, _ = s.fs.OpenFile(path, os.O_RDONLY, 0) // else it takes its time
 	}
 	err := s.fs.Remove(path)
-	if held != nil {
-		s.freeing <- held // there is room: see expire
+	switch {
+	case held == nil:
+	case err != nil:
+		_ = held.Close() // nothing is given back
+	default:
+		s.freeing <- held // who receives it waits for nobody
 	}
 	return err
 }

@@ -50,6 +50,6 @@ func (p *perVM) sweepVM(vm string) error {
 			st.segs[i].sealed = p.quiet
 		}
 	}
-	_, _, err := st.expire(p.retention(vm), time.Now())
+	_, _, err := st.expire(p.retention(vm), time.Now(), false)
 	return err
 }

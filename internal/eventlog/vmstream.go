@@ -253,7 +253,7 @@ func (p *perVM) openFor(s *vmStream) error {
 	p.open.add(s, f)
 	s.size, s.full = 0, false
 	// One that stays takes room, and is no reason to keep the copies of all VMs back.
-	_, _, err = s.st.expire(p.retention(s.vm), time.Now())
+	_, _, err = s.st.expire(p.retention(s.vm), time.Now(), false)
 	p.log.note(err)
 	return nil
 }

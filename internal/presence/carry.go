@@ -167,6 +167,8 @@ func (t *Table) Resume(c *Carried, s Session, elapsed time.Duration) *VM {
 		if c.Reachable {
 			t.set(v, false, ReasonRestarted)
 		}
+	case c.Reachable:
+		t.lapse(v)
 	}
 	t.touched[v.name] = struct{}{}
 	return v

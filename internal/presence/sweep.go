@@ -35,10 +35,7 @@ func (t *Table) Sweep() {
 				over = append(over, v.session)
 			}
 			t.nextDeadline = min(t.nextDeadline, v.frame.Load()+int64(t.patience(v.reachable)))
-		case v.reachable && v.handshakeOK && time.Since(v.handshake) > t.opts.ReachableWithin:
-			v.handshakeOK = false
-			t.set(v, false, ReasonExpired)
-		case v.reachable && v.handshakeOK:
+		case v.reachable && v.handshakeOK && !t.lapse(v):
 			t.nextDeadline = min(t.nextDeadline, now+int64(t.opts.ReachableWithin-time.Since(v.handshake)))
 		}
 	}
@@ -50,6 +47,17 @@ func (t *Table) Sweep() {
 	for _, s := range over {
 		s.Expire()
 	}
+}
+
+// lapse makes v unreachable if it is so by the word of a handshake-only guest that is too
+// old, and tells whether it was. Call with the lock held.
+func (t *Table) lapse(v *VM) bool {
+	over := v.handshakeOK && time.Since(v.handshake) > t.opts.ReachableWithin
+	if over {
+		v.handshakeOK = false
+		t.set(v, false, ReasonExpired)
+	}
+	return over
 }
 
 // silence gives for how long the session of v has been silent; it is not reachable any

@@ -182,8 +182,11 @@ func TestCatchUp(t *testing.T) {
 		tab.set(tab.vms["left"], false, ReasonSilent)
 		got := fmt.Sprint(tab.CatchUp([]string{"told", "left", "known", "forgotten", "unheard-of"}))
 		want := fmt.Sprint([]Change{
-			{VM: "forgotten", Reason: ReasonDisconnected}, {VM: "known", Reason: ReasonRestarted}, {VM: "left", Reason: ReasonSilent},
-			{VM: "news", Reachable: true, Reason: tab.vms["news"].reason}, {VM: "unheard-of", Reason: ReasonRestarted},
+			{VM: "forgotten", Reason: ReasonDisconnected},
+			{VM: "known", Reason: ReasonRestarted},
+			{VM: "left", Reason: ReasonSilent},
+			{VM: "news", Reachable: true, Reason: tab.vms["news"].reason},
+			{VM: "unheard-of", Reason: ReasonRestarted},
 		})
 		if got != want {
 			t.Errorf("they are told %s, want %s", got, want)

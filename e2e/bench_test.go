@@ -1,10 +1,8 @@
 package e2e
 
 import (
-	"bufio"
 	"bytes"
 	"fmt"
-	"os"
 	"os/exec"
 	"slices"
 	"strconv"
@@ -102,15 +100,7 @@ func BenchmarkLatency(b *testing.B) {
 	if _, err := sub.receive(); err != nil {
 		b.Fatal(err)
 	}
-	tail := exec.Command(bin(b, "castractl"), "bus", "tail", "--topic", "bench.latency", "-n", "0", "-o", "json")
-	tail.Env = append(os.Environ(), "DBUS_SYSTEM_BUS_ADDRESS="+l.hostBus)
-	out, err := tail.StdoutPipe()
-	if err != nil {
-		b.Fatal(err)
-	}
-	if err := tail.Start(); err != nil {
-		b.Fatal(err)
-	}
+	tail, lines := l.following("--topic", "bench.latency", "-n", "0")
 	defer func() { _ = tail.Process.Kill(); _ = tail.Wait() }()
 	work.Go(func() {
 		for {
@@ -124,7 +114,6 @@ func BenchmarkLatency(b *testing.B) {
 		}
 	})
 	work.Go(func() {
-		lines := bufio.NewScanner(out)
 		for lines.Scan() {
 			if d, ok := taken(lines.Bytes()); ok {
 				terminal.add(d)

@@ -1,7 +1,6 @@
 package e2e
 
 import (
-	"bufio"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -171,18 +170,10 @@ func BenchmarkUsualHost(b *testing.B) {
 	}
 	defer func() { _ = syscall.Kill(-disk.Process.Pid, syscall.SIGKILL); _ = disk.Wait() }()
 	var acks, terminal latencies
-	tail := exec.Command(bin(b, "castractl"), "bus", "tail", "--topic", "bench.latency", "-n", "0", "-o", "json")
-	tail.Env = append(os.Environ(), "DBUS_SYSTEM_BUS_ADDRESS="+l.hostBus)
-	out, err := tail.StdoutPipe()
-	if err == nil {
-		err = tail.Start()
-	}
-	if err != nil {
-		b.Fatal(err)
-	}
+	tail, lines := l.following("--topic", "bench.latency", "-n", "0")
 	var work sync.WaitGroup
 	work.Go(func() {
-		for lines := bufio.NewScanner(out); lines.Scan(); {
+		for lines.Scan() {
 			if took, ok := taken(lines.Bytes()); ok {
 				terminal.add(took)
 			}

@@ -1,12 +1,10 @@
 package e2e
 
 import (
-	"bufio"
 	"encoding/json"
 	"fmt"
 	"math/rand/v2"
 	"os"
-	"os/exec"
 	"strconv"
 	"strings"
 	"testing"
@@ -65,19 +63,10 @@ func TestKilledBehindAWord(t *testing.T) {
 		l.answers()
 		vm := func(n int) string { return fmt.Sprintf("vm%d-%d", round, n) }
 		word := []string{vm(0) + ` reachable`, vm(1) + ` reachable`, vm(2) + ` reachable`, vm(0) + ` unreachable`}[rand.IntN(4)]
-		tail := exec.Command(bin(t, "castractl"), "bus", "tail", "--topic", "castra.presence", "-n", "all", "-o", "json")
-		tail.Env = append(os.Environ(), "DBUS_SYSTEM_BUS_ADDRESS="+l.hostBus)
-		out, err := tail.StdoutPipe()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := tail.Start(); err != nil {
-			t.Fatal(err)
-		}
+		tail, lines := l.following("--topic", "castra.presence", "-n", "all")
 		heard := make(chan bool)
 		go func() {
 			defer close(heard)
-			lines := bufio.NewScanner(out)
 			for lines.Scan() {
 				if wordIn(t, lines.Bytes()) == word {
 					_ = host.Process.Kill()

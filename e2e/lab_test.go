@@ -4,6 +4,7 @@
 package e2e
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"fmt"
@@ -220,6 +221,22 @@ func (l *lab) tryCastractl(args ...string) (string, error) {
 		return "", fmt.Errorf("castractl %s: %w: %s", strings.Join(args, " "), err, &stderr)
 	}
 	return stdout.String(), nil
+}
+
+// following starts a castractl bus tail that its caller ends, and gives the
+// lines that it prints.
+func (l *lab) following(args ...string) (tail *exec.Cmd, lines *bufio.Scanner) {
+	l.Helper()
+	tail = exec.Command(bin(l.TB, "castractl"), append([]string{"bus", "tail", "-o", "json"}, args...)...)
+	tail.Env = append(os.Environ(), "DBUS_SYSTEM_BUS_ADDRESS="+l.hostBus)
+	out, err := tail.StdoutPipe()
+	if err == nil {
+		err = tail.Start()
+	}
+	if err != nil {
+		l.Fatal(err)
+	}
+	return tail, bufio.NewScanner(out)
 }
 
 // until repeats cond until it succeeds.

@@ -163,8 +163,7 @@ func Open(opts Options) (*Broker, error) {
 	b.ctx, b.cancel = context.WithCancel(context.Background())
 	b.ctx2, b.cancel2 = context.WithCancel(context.Background())
 	inherited := b.inherit()
-	said, _ := b.words.names()
-	b.left = b.table.CatchUp(said)
+	b.left = b.table.CatchUp(b.words.reachable) // nobody says anything yet
 	if !inherited {
 		b.records.past = &past{recall: b.recall, read: make(map[string]struct{})}
 		b.work.Go(b.remember)

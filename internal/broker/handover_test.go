@@ -42,6 +42,12 @@ func leave(t testing.TB, b *running, sessions int) Options {
 	if err := b.Close(); err != nil {
 		t.Fatal(err)
 	}
+	return successor(t, b, kept)
+}
+
+// successor gives the options of a broker that takes over what b has left.
+func successor(t testing.TB, b *running, kept *os.File) Options {
+	t.Helper()
 	o := b.opts
 	o.Registry, o.Inherit = testOptions(t, filepath.Dir(o.StateDir)).Registry, kept
 	return o

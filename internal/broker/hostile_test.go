@@ -299,9 +299,8 @@ func TestKilledWithoutAWord(t *testing.T) {
 	b := start(t, o)
 	g := connect(t, b.addr, "g")
 	file := filepath.Join(o.StateDir, "reachable.json")
-	var list []byte
 	eventually(t, "it is written down", func() bool {
-		list, _ = os.ReadFile(file)
+		list, _ := os.ReadFile(file)
 		return strings.HasSuffix(string(list), `"reachable":["g"]}`+"\n")
 	})
 	_ = g.conn.Close()

@@ -298,9 +298,7 @@ func handedOver(t *testing.T, b *running, between func()) *running {
 		t.Fatal(err)
 	}
 	_ = b.Close() // it may have something to say that it cannot store
-	o := b.opts
-	o.Registry, o.Inherit = testOptions(t, filepath.Dir(o.StateDir)).Registry, kept
-	return start(t, o)
+	return start(t, successor(t, b, kept))
 }
 
 // Who comes or goes while the disk is full is announced after a restart at which the others stay.

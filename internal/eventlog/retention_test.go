@@ -224,11 +224,13 @@ func TestVMReaderExpired(t *testing.T) {
 // unremovableFS keeps the files in one directory, as chattr +i does.
 type unremovableFS struct {
 	FS
-	dir string
+	dir   string
+	tries atomic.Int32
 }
 
 func (u *unremovableFS) Remove(name string) error {
 	if filepath.Dir(name) == u.dir {
+		u.tries.Add(1)
 		return &fs.PathError{Op: "remove", Path: name, Err: syscall.EPERM}
 	}
 	return u.FS.Remove(name)
@@ -237,7 +239,7 @@ func (u *unremovableFS) Remove(name string) error {
 // A segment of a VM's that cannot be removed is told of, and keeps no copies back.
 func TestExpireWhatCannotBeRemoved(t *testing.T) {
 	o := testOptions(t.TempDir())
-	o.FS = &unremovableFS{OS, filepath.Join(o.PerVM.Dir, "web1")}
+	o.FS = &unremovableFS{FS: OS, dir: filepath.Join(o.PerVM.Dir, "web1")}
 	o.PerVM.Retention = 128 << 10
 	told := make(chan error, 100)
 	o.OnError = func(err error) { told <- err }
@@ -380,22 +382,11 @@ func TestManyExpireAtOnce(t *testing.T) {
 	})
 }
 
-// lastingFS is a file system whose files cannot be removed.
-type lastingFS struct {
-	FS
-	tries atomic.Int32
-}
-
-func (s *lastingFS) Remove(string) error {
-	s.tries.Add(1)
-	return syscall.EPERM
-}
-
 // A segment that cannot be removed is tried once for each Release, and not on and on.
 func TestReleaseOfWhatStays(t *testing.T) {
 	bubble.Test(t, func(t *testing.T) {
-		disk := &lastingFS{FS: &sharedFS{FS: newSimDisk(rand.New(rand.NewPCG(1, 1)))}}
 		o := testOptions("/log")
+		disk := &unremovableFS{FS: &sharedFS{FS: newSimDisk(rand.New(rand.NewPCG(1, 1)))}, dir: o.Dir}
 		o.FS, o.SegmentSize, o.PerVM, o.OnError = disk, 4096, nil, func(error) {}
 		l := mustOpen(t, o)
 		for range 30 {

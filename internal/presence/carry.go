@@ -2,6 +2,7 @@ package presence
 
 import (
 	"cmp"
+	"maps"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -176,7 +177,7 @@ func (t *Table) Resume(c *Carried, s Session, elapsed time.Duration) *VM {
 
 // CatchUp gives what is to be said to those who were told last that the VMs in said are
 // reachable, and no others, sorted by name. [Table.Changes] has nothing of it any more.
-func (t *Table) CatchUp(said []string) []Change {
+func (t *Table) CatchUp(said map[string]struct{}) []Change {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	reasons := make(map[string]string) // of those that have been dropped
@@ -184,10 +185,7 @@ func (t *Table) CatchUp(said []string) []Change {
 		reasons[c.VM] = c.Reason
 	}
 	t.changes = nil
-	told := make(map[string]struct{}, len(said))
-	for _, name := range said {
-		told[name] = struct{}{}
-	}
+	told := maps.Clone(said)
 	var changes []Change
 	for name, v := range t.vms {
 		_, was := told[name]

@@ -180,7 +180,7 @@ func TestCatchUp(t *testing.T) {
 		tab.Know("known")
 		tab.Forget("forgotten")
 		tab.set(tab.vms["left"], false, ReasonSilent)
-		got := fmt.Sprint(tab.CatchUp([]string{"told", "left", "known", "forgotten", "unheard-of"}))
+		got := fmt.Sprint(tab.CatchUp(map[string]struct{}{"told": {}, "left": {}, "known": {}, "forgotten": {}, "unheard-of": {}}))
 		want := fmt.Sprint([]Change{
 			{VM: "forgotten", Reason: ReasonDisconnected},
 			{VM: "known", Reason: ReasonRestarted},

@@ -35,8 +35,10 @@ func (t *Table) Sweep() {
 				over = append(over, v.session)
 			}
 			t.nextDeadline = min(t.nextDeadline, v.frame.Load()+int64(t.patience(v.reachable)))
-		case v.reachable && v.handshakeOK && !t.lapse(v):
-			t.nextDeadline = min(t.nextDeadline, now+int64(t.opts.ReachableWithin-time.Since(v.handshake)))
+		case v.reachable && v.handshakeOK:
+			if !t.lapse(v) {
+				t.nextDeadline = min(t.nextDeadline, now+int64(t.opts.ReachableWithin-time.Since(v.handshake)))
+			}
 		}
 	}
 	changed := len(t.changes) > 0 || len(t.touched) > 0
@@ -49,10 +51,10 @@ func (t *Table) Sweep() {
 	}
 }
 
-// lapse makes v unreachable if it is so by the word of a handshake-only guest that is too
-// old, and tells whether it was. Call with the lock held.
+// lapse makes v, which is reachable by the word of a handshake-only guest, unreachable if
+// that is too old, and tells whether it is. Call with the lock held.
 func (t *Table) lapse(v *VM) bool {
-	over := v.handshakeOK && time.Since(v.handshake) > t.opts.ReachableWithin
+	over := time.Since(v.handshake) > t.opts.ReachableWithin
 	if over {
 		v.handshakeOK = false
 		t.set(v, false, ReasonExpired)

@@ -91,9 +91,9 @@ func (t *tail) copy(ctx context.Context, r *eventlog.Reader) (ended bool, err er
 	var rec eventlog.Record
 	for ctx.Err() == nil {
 		ok, err := r.Next(&rec)
-		var gap *eventlog.Gap
+		gap, gone := errors.AsType[*eventlog.Gap](err)
 		switch {
-		case errors.As(err, &gap):
+		case gone:
 			t.buf = fmt.Appendf(t.buf, `{"type":"gap","from":%d,"to":%d}`+"\n", gap.From, gap.To)
 			continue
 		case err != nil:
@@ -107,6 +107,7 @@ func (t *tail) copy(ctx context.Context, r *eventlog.Reader) (ended bool, err er
 			t.buf = append(append(append(t.buf, '{'), rec.Body...), '\n')
 		}
 		if len(t.buf) >= tailBuffer {
+			r.Rest()
 			if err := t.flush(); err != nil {
 				return true, err
 			}

@@ -35,10 +35,11 @@ type committer struct {
 	led       bool      // it is a publisher who commits
 
 	group  []*Batch
+	lines  []byte   // room for a chunk's, used again where it does not keep them
 	chunk  *chunk   // being filled
 	newest *Entry   // of the newest line in chunk
 	inside []*Entry // entries whose record, or whose first record, is in chunk
-	fresh  []*chunk // committed, and still to be told of
+	fresh  []*chunk // committed, and still to be told of; each held
 
 	syncTimer, retryTimer, expireTimer *time.Timer
 }
@@ -167,6 +168,7 @@ func (l *Log) tell() {
 		if l.opts.OnCommit != nil {
 			l.opts.OnCommit(Commit{chunk, c.led})
 		}
+		chunk.release()
 		c.fresh[i] = nil // not to keep it longer than memory has room for it
 	}
 	c.fresh = c.fresh[:0]
@@ -185,8 +187,12 @@ func (b *Batch) size() int {
 
 // begin starts a chunk with room for size bytes and so many entries.
 func (l *Log) begin(size, entries int) {
-	l.c.chunk = &chunk{first: l.c.next, data: make([]byte, 0, min(size, maxGroup)), offsets: make([]uint32, 0, entries)}
-	l.c.inside, l.c.newest = l.c.inside[:0], nil
+	c := &l.c
+	if size = min(size, maxGroup); cap(c.lines) < size {
+		c.lines = make([]byte, 0, size)
+	}
+	c.chunk = &chunk{first: c.next, data: c.lines, offsets: make([]uint32, 0, entries)}
+	c.inside, c.newest = c.inside[:0], nil
 }
 
 // add appends e's line to the chunk, flushing it first where the line belongs
@@ -264,7 +270,7 @@ func (l *Log) flush(now time.Time) error {
 	}
 	c.size += int64(len(c.chunk.data))
 	l.stream.grown(c.size, now)
-	l.recent.add(c.chunk)
+	c.lines = l.recent.add(c.chunk)
 	last := c.chunk.last()
 	switch {
 	case l.opts.SyncEvery == 0:
@@ -277,7 +283,7 @@ func (l *Log) flush(now time.Time) error {
 		l.perVM.ids.commit()
 	}
 	l.healthy()
-	c.fresh = append(c.fresh, c.chunk)
+	c.fresh = append(c.fresh, c.chunk.hold())
 	c.chunk, c.inside = nil, c.inside[:0] // a later failure must not touch what is committed
 	return nil
 }

@@ -21,8 +21,7 @@ func (p *perVM) copyNew() (err error) {
 	var rec Record
 	for {
 		run, ok, err := r.nextRun(&rec, maxBuffered)
-		var gap *Gap
-		if errors.As(err, &gap) {
+		if _, gone := errors.AsType[*Gap](err); gone {
 			continue // the host stream itself has lost it, and told so
 		}
 		if err != nil {

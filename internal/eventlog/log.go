@@ -197,7 +197,7 @@ func open(opts Options) (*Log, *Recovery, error) {
 	l := &Log{
 		opts:      opts,
 		stream:    stream{fs: opts.FS, dir: opts.Dir},
-		recent:    recent{budget: opts.Recent},
+		recent:    newRecent(opts.Recent),
 		queue:     make(chan *Batch, 1024),
 		startedAt: time.Now(),
 		quit:      make(chan struct{}),

@@ -20,7 +20,7 @@ type Reader struct {
 	log  *Log
 	next uint64
 
-	mem  *chunk // holds next, or nil
+	mem  *chunk // has next, or did, and is held; or nil
 	disk *cursor
 	// asked is the disk's file offset when memory was last asked instead.
 	asked int64
@@ -48,7 +48,8 @@ func (r *Reader) Skip(seq uint64) {
 
 // Close gives back what the reader holds. It may be used again.
 func (r *Reader) Close() {
-	r.mem, r.ahead = nil, nil
+	r.take(nil)
+	r.ahead = nil
 	if v := r.vm; v != nil {
 		v.cursor.close()
 		if v.has { // what was read ahead was in the buffer given back
@@ -61,6 +62,17 @@ func (r *Reader) Close() {
 	}
 }
 
+// take has the reader hold c, which was held for it, instead of what it has held.
+func (r *Reader) take(c *chunk) bool {
+	r.mem.release()
+	r.mem = c
+	return c != nil
+}
+
+// Rest lets go of memory that the reader shares with others: who has to wait for somebody
+// slow must not keep a megabyte for each record. Reading goes on as before.
+func (r *Reader) Rest() { r.take(nil) }
+
 // Near tells whether Next gives what is in memory, and does not wait for a disk.
 func (r *Reader) Near() bool {
 	if r.vm != nil || r.ahead != nil {
@@ -72,12 +84,11 @@ func (r *Reader) Near() bool {
 	if r.disk != nil || r.next < r.log.stream.oldest() {
 		return false
 	}
-	r.mem = r.log.recent.find(r.next)
-	return r.mem != nil
+	return r.take(r.log.recent.find(r.next))
 }
 
 // Next gives the next committed record, false where there is none yet. rec is
-// valid until the next call. The error is a *Gap, behind which the next call
+// valid until the next call of any of the reader's methods. The error is a *Gap, behind which the next call
 // goes on, or one of the disk.
 func (r *Reader) Next(rec *Record) (bool, error) {
 	if r.vm != nil {
@@ -111,7 +122,7 @@ func (r *Reader) Next(rec *Record) (bool, error) {
 			if oldest := r.log.stream.oldest(); r.next < oldest {
 				return false, r.skipTo(oldest)
 			}
-			if r.mem = r.log.recent.find(r.next); r.mem != nil {
+			if r.take(r.log.recent.find(r.next)) {
 				if r.disk != nil {
 					r.disk.close()
 					r.disk = nil
@@ -176,7 +187,7 @@ func (r *Reader) fromDisk(rec *Record, committed uint64) (bool, error) {
 		if mem := r.log.recent.oldest(); mem > r.next {
 			return false, r.skipTo(mem)
 		}
-		if r.log.recent.find(r.next) == nil && r.log.Committed() == committed {
+		if !r.log.recent.has(r.next) && r.log.Committed() == committed {
 			return false, r.skipTo(committed + 1)
 		}
 		return false, nil

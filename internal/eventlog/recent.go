@@ -6,10 +6,12 @@ import (
 	"sync"
 )
 
-// chunk is what one write appended. It is immutable once committed.
+// chunk is what one write appended. It is immutable once committed, its lines for as long
+// as it is held.
 type chunk struct {
 	first   uint64
 	data    []byte   // whole lines
+	slab    *slab    // has data; nil: it is the chunk's own
 	offsets []uint32 // where each line begins in data; records are consecutive
 	runs    []uint32 // the lines whose sender or topic is not that of the line before
 	ids     []idSeq  // of those records that have one
@@ -83,13 +85,21 @@ func (c Commit) Runs(f func(*Record)) {
 // never touches a file.
 type recent struct {
 	budget int // bytes of data
+	slabs  slabs
 
 	mu     sync.RWMutex
-	chunks []*chunk
+	chunks []*chunk // each held
 	bytes  int
 }
 
-func (r *recent) add(c *chunk) {
+func newRecent(budget int) recent {
+	return recent{budget: budget, slabs: slabs{size: min(mostSlab, budget/slabsHeld)}}
+}
+
+// add takes c in. buf is what c's lines were in, for the next ones; nil: c keeps it.
+// Only who commits may call it.
+func (r *recent) add(c *chunk) (buf []byte) {
+	buf = r.slabs.keep(c)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.chunks = append(r.chunks, c)
@@ -97,16 +107,30 @@ func (r *recent) add(c *chunk) {
 	drop := 0
 	for r.bytes > r.budget && drop < len(r.chunks)-1 {
 		r.bytes -= cap(r.chunks[drop].data)
+		r.chunks[drop].release()
 		r.chunks[drop] = nil // the array outlives the slice: let go of the data
 		drop++
 	}
 	r.chunks = r.chunks[drop:]
+	return buf
 }
 
-// find gives the chunk that holds seq, nil if it is not in memory.
+// find gives the chunk that has seq, held for the caller, nil if it is not in memory.
 func (r *recent) find(seq uint64) *chunk {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
+	return r.at(seq).hold()
+}
+
+// has tells whether seq is in memory.
+func (r *recent) has(seq uint64) bool {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	return r.at(seq) != nil
+}
+
+// at is find without holding. Call with the lock held.
+func (r *recent) at(seq uint64) *chunk {
 	if n := len(r.chunks); n > 0 && r.chunks[n-1].first <= seq { // nearly always
 		if c := r.chunks[n-1]; seq <= c.last() {
 			return c

@@ -30,8 +30,8 @@ var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 // errBadRecord says that a line is no record: damaged, cut short or foreign.
 var errBadRecord = errors.New("not a valid record")
 
-// Record is a stored record. Its byte slices alias a buffer that is immutable
-// once read; a caller may keep them, at the price of keeping that buffer.
+// Record is a stored record. Its byte slices alias a buffer that is used again: they are
+// valid for as long as whoever gave the record says.
 type Record struct {
 	Seq     uint64
 	Time    []byte // RFC 3339, UTC, microseconds

@@ -185,8 +185,7 @@ func (l *Log) LastMatchingOf(vm string, n uint64, match func(*Record) bool) (uin
 	var rec Record
 	for r.Position() <= end {
 		ok, err := r.Next(&rec)
-		var gap *Gap
-		if errors.As(err, &gap) {
+		if _, gone := errors.AsType[*Gap](err); gone {
 			continue
 		}
 		if err != nil {

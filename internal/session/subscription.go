@@ -95,15 +95,16 @@ func (sub *Subscription) fill(w *courier, out []byte) (_ []byte, more bool, err 
 	var rec eventlog.Record
 	for range scanLimit {
 		if len(out) >= deliverySize {
+			sub.reader.Rest() // the guest may take its time over these
 			return out, true, nil
 		}
 		if !sub.reader.Near() {
 			w.leave()
 		}
 		ok, err := sub.reader.Next(&rec)
-		var gap *eventlog.Gap
+		gap, gone := errors.AsType[*eventlog.Gap](err)
 		switch {
-		case errors.As(err, &gap):
+		case gone:
 			out = wire.AppendGapFrame(out, sub.name, gap.From, gap.To)
 			sub.position.Store(gap.To)
 			continue

@@ -308,8 +308,8 @@ func (a *account) Spend(n int) time.Duration {
 }
 
 // Allow takes a record off the VM's share of the broker.
-func (a *account) Allow(n int) time.Duration {
-	wait := a.Limit.Take(a.broker.settings.Load().Rate, n, time.Now())
+func (a *account) Allow(n int, now time.Time) time.Duration {
+	wait := a.Limit.Take(a.broker.settings.Load().Rate, n, now)
 	if wait > 0 {
 		a.Limited()
 		a.broker.limited.hit(limitPublish)

@@ -73,9 +73,13 @@ const maxSeconds = 1e9
 
 // fill adds what has trickled in since the last time. Call with the lock held.
 func (b *Bucket) fill(r Rate, now time.Time) {
-	if b.at.IsZero() {
+	d := now.Sub(b.at).Seconds()
+	switch {
+	case b.at.IsZero():
 		b.records, b.bytes = r.Burst, r.Bytes
-	} else if d := now.Sub(b.at).Seconds(); d > 0 {
+	case d <= 0: // who looked at the clock earlier may come later; what filled since is not to fill twice
+		return
+	default:
 		b.records = min(r.Burst, b.records+d*r.Records)
 		b.bytes = min(r.Bytes, b.bytes+d*r.Bytes)
 	}

@@ -196,6 +196,13 @@ func TestBucket(t *testing.T) {
 	if wait := b.Take(r, 500, now); wait != 500*time.Millisecond {
 		t.Errorf("behind it: %v", wait)
 	}
+	// Somebody looked at the clock before, and comes behind: nothing fills twice.
+	if wait := b.Take(r, 500, now.Add(-400*time.Millisecond)); wait != 500*time.Millisecond {
+		t.Errorf("earlier: %v", wait)
+	}
+	if wait := b.Take(r, 500, now); wait != 500*time.Millisecond {
+		t.Errorf("behind the earlier one: %v", wait)
+	}
 }
 
 // A bucket that lacks less than a nanosecond's worth has it not.

@@ -19,10 +19,10 @@ type beating struct {
 	rest time.Duration
 }
 
-func (beating) Heard()                         {}
-func (beating) Heartbeat()                     {}
-func (beating) Allow(int) (wait time.Duration) { return 0 }
-func (b beating) Spend(int) (r time.Duration)  { return b.rest }
+func (beating) Heard()                                    {}
+func (beating) Heartbeat()                                {}
+func (beating) Allow(int, time.Time) (wait time.Duration) { return 0 }
+func (b beating) Spend(int) (r time.Duration)             { return b.rest }
 
 // releasing is a broker for sessions that end.
 type releasing struct {

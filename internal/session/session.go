@@ -79,7 +79,7 @@ type Guest interface {
 	Heartbeat()
 	// Allow takes a record with a payload of n bytes off the VM's share; where
 	// there is none left it gives how long until there is.
-	Allow(n int) (wait time.Duration)
+	Allow(n int, now time.Time) (wait time.Duration)
 	// Published notes n records stored.
 	Published(n int)
 	// Spend takes the work that n small frames make off the VM's share, and gives

@@ -35,7 +35,6 @@ type committer struct {
 	led       bool      // it is a publisher who commits
 
 	group  []*Batch
-	lines  []byte   // room for a chunk's, used again where it does not keep them
 	chunk  *chunk   // being filled
 	newest *Entry   // of the newest line in chunk
 	inside []*Entry // entries whose record, or whose first record, is in chunk
@@ -142,6 +141,7 @@ drain:
 	if err == nil {
 		_ = l.flush(now) // the entries hold the error
 	}
+	c.chunk.release()
 	c.chunk, c.newest = nil, nil
 	for i, b := range c.group {
 		if len(b.tables) > 0 {
@@ -188,10 +188,9 @@ func (b *Batch) size() int {
 // begin starts a chunk with room for size bytes and so many entries.
 func (l *Log) begin(size, entries int) {
 	c := &l.c
-	if size = min(size, maxGroup); cap(c.lines) < size {
-		c.lines = make([]byte, 0, size)
-	}
-	c.chunk = &chunk{first: c.next, data: c.lines, offsets: make([]uint32, 0, entries)}
+	c.chunk.release()
+	room := l.recent.slabs.get(min(size, maxGroup))
+	c.chunk = &chunk{first: c.next, data: room.mem, slab: room, offsets: make([]uint32, 0, entries)}
 	c.inside, c.newest = c.inside[:0], nil
 }
 
@@ -270,7 +269,7 @@ func (l *Log) flush(now time.Time) error {
 	}
 	c.size += int64(len(c.chunk.data))
 	l.stream.grown(c.size, now)
-	c.lines = l.recent.add(c.chunk)
+	l.recent.add(c.chunk)
 	last := c.chunk.last()
 	switch {
 	case l.opts.SyncEvery == 0:

@@ -11,7 +11,7 @@ import (
 type chunk struct {
 	first   uint64
 	data    []byte   // whole lines
-	slab    *slab    // has data; nil: it is the chunk's own
+	slab    *slab    // has data; nil: nothing that is used again
 	offsets []uint32 // where each line begins in data; records are consecutive
 	runs    []uint32 // the lines whose sender or topic is not that of the line before
 	ids     []idSeq  // of those records that have one
@@ -96,10 +96,9 @@ func newRecent(budget int) recent {
 	return recent{budget: budget, slabs: slabs{size: min(mostSlab, budget/slabsHeld)}}
 }
 
-// add takes c in. buf is what c's lines were in, for the next ones; nil: c keeps it.
-// Only who commits may call it.
-func (r *recent) add(c *chunk) (buf []byte) {
-	buf = r.slabs.keep(c)
+// add takes c in, and its hold. Only who commits may call it.
+func (r *recent) add(c *chunk) {
+	r.slabs.settle(c)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.chunks = append(r.chunks, c)
@@ -112,7 +111,6 @@ func (r *recent) add(c *chunk) (buf []byte) {
 		drop++
 	}
 	r.chunks = r.chunks[drop:]
-	return buf
 }
 
 // find gives the chunk that has seq, held for the caller, nil if it is not in memory.

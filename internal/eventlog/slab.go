@@ -1,33 +1,34 @@
 package eventlog
 
 import (
+	"math/bits"
 	"sync"
 	"sync/atomic"
 )
 
 const (
-	// mostSlab bounds a slab's bytes: several of the largest chunks that are put into one.
+	// mostSlab bounds the bytes of a slab that chunks share.
 	mostSlab = 1 << 20
 
 	// slabsHeld is about how many of them the newest records fill.
 	slabsHeld = 8
 
-	// slabShare is what part of a slab a chunk may take: it bounds what is left unused at
-	// a slab's end.
+	// slabShare is what part of one a chunk may take, and so what may be left unused at its
+	// end. A larger chunk has a slab to itself.
 	slabShare = 4
 )
 
-// slab is memory that chunks share and that is used again when nobody holds it any more.
-// Without it the lines of each commit would be garbage as soon as newer ones push them
-// out, nearly all that a busy castrad allocates, and each collection marks all that ten
-// thousand VMs have in memory.
+// slab is memory for lines that is used again when nobody holds it any more. Else the
+// lines of each commit would be garbage as soon as newer ones push them out: nearly all
+// that a busy castrad allocates, and each collection marks all that ten thousand VMs have
+// in memory.
 type slab struct {
-	mem   []byte // what chunks have of it
+	mem   []byte // what is taken of it
 	holds atomic.Int32
 	pool  *sync.Pool
 }
 
-// release ends one hold. Nobody may look at what he has held it for any more.
+// release ends one hold. Who had it may not look at what is in the slab any more.
 func (s *slab) release() {
 	if s.holds.Add(-1) != 0 {
 		return
@@ -57,35 +58,41 @@ func (c *chunk) release() {
 	}
 }
 
-// slabs makes room for the lines of small chunks. It belongs to who commits.
+// slabs belongs to who commits.
 type slabs struct {
-	size int
-	pool sync.Pool
-	last *slab // held; nil: none yet
+	size  int           // of those that chunks share
+	pools [33]sync.Pool // the n-th has slabs of 1<<n bytes
+	last  *slab         // the one that the next chunk shares, held; nil: none yet
 }
 
-// keep gives c memory of its own, and back the buffer that its lines were in; nil: it
-// has that itself now, since it is a large one. c is held once.
-func (s *slabs) keep(c *chunk) (buf []byte) {
+// get gives a slab with room for n bytes, held once.
+func (s *slabs) get(n int) *slab {
+	class := bits.Len32(uint32(max(n, 1) - 1))
+	sl, ok := s.pools[class].Get().(*slab)
+	if !ok {
+		sl = &slab{mem: make([]byte, 0, 1<<class), pool: &s.pools[class]}
+	}
+	sl.holds.Store(1)
+	return sl
+}
+
+// settle moves c, which is whole and has a slab to itself, into one that it shares if it is
+// small.
+func (s *slabs) settle(c *chunk) {
 	if len(c.data) > s.size/slabShare {
-		return nil
+		return
 	}
-	if s.last == nil || cap(s.last.mem)-len(s.last.mem) < len(c.data) {
-		if s.last != nil {
-			s.last.release()
-		}
-		next, ok := s.pool.Get().(*slab)
-		if !ok {
-			next = &slab{mem: make([]byte, 0, s.size), pool: &s.pool}
-		}
-		next.holds.Store(1)
-		s.last = next
+	if s.last != nil && cap(s.last.mem)-len(s.last.mem) < len(c.data) {
+		s.last.release()
+		s.last = nil
 	}
-	from := len(s.last.mem)
+	if s.last == nil {
+		s.last = s.get(s.size)
+	}
+	own, from := c.slab, len(s.last.mem)
 	s.last.mem = append(s.last.mem, c.data...)
 	end := len(s.last.mem)
-	buf = c.data[:0]
 	c.data, c.slab = s.last.mem[from:end:end], s.last
 	c.hold()
-	return buf
+	own.release()
 }

@@ -81,13 +81,13 @@ func TestCommitsLeaveLittleBehind(t *testing.T) {
 	o := Options{Dir: t.TempDir(), SegmentSize: 4 << 20, Retention: 8 << 20, SyncEvery: -1, Recent: 1 << 20}
 	l := mustOpen(t, o)
 	defer mustClose(t, l)
-	b := &Batch{Entries: make([]Entry, 16)}
+	b := &Batch{Entries: make([]Entry, 24)} // nearly a slab's worth
 	for i := range b.Entries {
 		b.Entries[i] = Entry{VM: "web1", Topic: []byte("t"), Payload: []byte(`"` + strings.Repeat("x", 1000) + `"`)}
 	}
 	r := l.NewReader(1)
 	defer r.Close()
-	const commits = 2000
+	const commits = 1000
 	written := 0
 	turn := func() {
 		if err := l.Append(t.Context(), b); err != nil {
@@ -111,8 +111,11 @@ func TestCommitsLeaveLittleBehind(t *testing.T) {
 		turn()
 	}
 	runtime.ReadMemStats(&after)
-	// The race detector has pools lose a quarter of what they are given.
-	if got := int(after.TotalAlloc - before.TotalAlloc); got > written/2 {
+	limit := written / 8
+	if poison { // the race detector has pools lose a quarter of what they are given, and a record was in two
+		limit = written * 5 / 4
+	}
+	if got := int(after.TotalAlloc - before.TotalAlloc); got > limit {
 		t.Errorf("%d bytes were allocated for %d of records", got, written)
 	}
 }

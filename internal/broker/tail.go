@@ -97,18 +97,17 @@ func (t *tail) copy(ctx context.Context, r *eventlog.Reader) (ended bool, err er
 			t.buf = fmt.Appendf(t.buf, `{"type":"gap","from":%d,"to":%d}`+"\n", gap.From, gap.To)
 			continue
 		case err != nil:
-			return true, errors.Join(t.flush(), err)
+			return true, errors.Join(t.flush(r), err)
 		case !ok:
-			return false, t.flush()
+			return false, t.flush(r)
 		case t.until != "" && string(rec.Time) > t.until:
-			return true, t.flush()
+			return true, t.flush(r)
 		}
 		if t.match(&rec) {
 			t.buf = append(append(append(t.buf, '{'), rec.Body...), '\n')
 		}
 		if len(t.buf) >= tailBuffer {
-			r.Rest()
-			if err := t.flush(); err != nil {
+			if err := t.flush(r); err != nil {
 				return true, err
 			}
 		}
@@ -116,10 +115,11 @@ func (t *tail) copy(ctx context.Context, r *eventlog.Reader) (ended bool, err er
 	return true, ctx.Err()
 }
 
-func (t *tail) flush() error {
+func (t *tail) flush(r *eventlog.Reader) error {
 	if len(t.buf) == 0 {
 		return nil
 	}
+	r.Rest() // the client may take its time
 	_, err := t.w.Write(t.buf)
 	t.buf = t.buf[:0]
 	return err

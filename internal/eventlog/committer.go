@@ -10,6 +10,9 @@ const (
 	// maxGroup bounds the bytes of one write, and with them the time that the
 	// first publisher of a group waits for the last.
 	maxGroup = 4 << 20
+	// maxBatch is more than the lines of a batch take, which is no more than a session
+	// reads at once. A larger one makes the write longer.
+	maxBatch = 256 << 10
 
 	// expireInterval is how often a log that does not grow looks for records
 	// grown too old.
@@ -111,7 +114,7 @@ func (l *Log) commit(b *Batch) {
 	c.group = append(c.group[:0], b)
 	size, entries := b.size(), len(b.Entries)
 drain:
-	for size < maxGroup {
+	for size <= maxGroup-maxBatch {
 		select {
 		case b := <-l.queue:
 			l.queued.Add(-1)
@@ -169,7 +172,7 @@ func (l *Log) tell() {
 			l.opts.OnCommit(Commit{chunk, c.led})
 		}
 		chunk.release()
-		c.fresh[i] = nil // not to keep it longer than memory has room for it
+		c.fresh[i] = nil // the array outlives the slice
 	}
 	c.fresh = c.fresh[:0]
 }

@@ -85,13 +85,14 @@ type Options struct {
 	// Boot names this run of the kernel, in 32 hex digits; "": as the kernel says.
 	Boot       string
 	StallAfter time.Duration // 0: 5 s
-	// Recent bounds the bytes of records kept in memory for readers; 0: 8 MiB.
+	// Recent is about how many bytes of records are kept in memory for readers; 0: 8 MiB.
 	Recent int
 	// PerVM, if not nil, keeps a stream a VM and the ids that make retries safe.
 	PerVM *PerVMOptions
 
 	// OnCommit is called by whoever commits after each commit, in order, when the
-	// publishers have been released. It must be quick and must not call Append.
+	// publishers have been released. It must be quick and must not call Append; the
+	// Commit is valid until it returns.
 	OnCommit func(Commit)
 	// OnState is called when the log becomes degraded or recovers, from one
 	// goroutine, with how the log is by then; a fault that is over is told first.

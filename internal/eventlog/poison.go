@@ -2,5 +2,5 @@
 
 package eventlog
 
-// poison tells whether memory that nobody holds any more is written over at once.
+// poison tells whether memory is written over as soon as nobody holds it.
 const poison = false

@@ -2,6 +2,6 @@
 
 package eventlog
 
-// poison tells whether memory that nobody holds any more is written over at once: whoever
-// looks at it all the same is seen, by what he reads or by the race detector.
+// poison tells whether memory is written over as soon as nobody holds it: whoever looks
+// at it after that is seen, by what he reads or by the race detector.
 const poison = true

@@ -88,8 +88,8 @@ func (r *Reader) Near() bool {
 }
 
 // Next gives the next committed record, false where there is none yet. rec is
-// valid until the next call of any of the reader's methods. The error is a *Gap, behind which the next call
-// goes on, or one of the disk.
+// valid until the next call of any of the reader's methods. The error is a *Gap,
+// behind which the next call goes on, or one of the disk.
 func (r *Reader) Next(rec *Record) (bool, error) {
 	if r.vm != nil {
 		if ok, err := r.fromVM(rec); ok || err != nil {
@@ -233,7 +233,8 @@ func (l *Log) FirstSince(t time.Time) (uint64, error) {
 
 // LastMatching gives the number of the n-th newest committed record that match
 // accepts, the oldest accepted if there are fewer, and the next number to be
-// given if there are none. It reads backwards for as long as it takes.
+// given if there are none. It reads backwards for as long as it takes. A record is valid
+// until match returns.
 func (l *Log) LastMatching(n uint64, match func(*Record) bool) (uint64, error) {
 	end := l.Committed()
 	seq, err := l.stream.lastMatching(int(min(n, 1<<31)), end, match)

@@ -11,7 +11,7 @@ import (
 type chunk struct {
 	first   uint64
 	data    []byte   // whole lines
-	slab    *slab    // has data; nil: nothing that is used again
+	slab    *slab    // has data; nil only where nobody is to use that again
 	offsets []uint32 // where each line begins in data; records are consecutive
 	runs    []uint32 // the lines whose sender or topic is not that of the line before
 	ids     []idSeq  // of those records that have one
@@ -71,7 +71,8 @@ type Commit struct {
 func (c Commit) Led() bool { return c.led }
 
 // Runs calls f for the first record of each run of one sender on one topic, in
-// order: whom one of them concerns the others concern as well.
+// order: whom one of them concerns the others concern as well. The record is valid until
+// f returns.
 func (c Commit) Runs(f func(*Record)) {
 	var rec Record
 	for _, i := range c.c.runs {
@@ -107,7 +108,7 @@ func (r *recent) add(c *chunk) {
 	for r.bytes > r.budget && drop < len(r.chunks)-1 {
 		r.bytes -= cap(r.chunks[drop].data)
 		r.chunks[drop].release()
-		r.chunks[drop] = nil // the array outlives the slice: let go of the data
+		r.chunks[drop] = nil // the array outlives the slice
 		drop++
 	}
 	r.chunks = r.chunks[drop:]

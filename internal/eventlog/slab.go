@@ -23,7 +23,7 @@ const (
 // that a busy castrad allocates, and each collection marks all that ten thousand VMs have
 // in memory.
 type slab struct {
-	mem   []byte // what is taken of it
+	mem   []byte // what is taken of it; of one that a single chunk has, once that is whole
 	holds atomic.Int32
 	pool  *sync.Pool
 }
@@ -58,10 +58,10 @@ func (c *chunk) release() {
 	}
 }
 
-// slabs belongs to who commits.
+// slabs gives memory to who commits.
 type slabs struct {
 	size  int           // of those that chunks share
-	pools [33]sync.Pool // the n-th has slabs of 1<<n bytes
+	pools [33]sync.Pool // the n-th has slabs of at least 1<<n bytes; anybody puts them back
 	last  *slab         // the one that the next chunk shares, held; nil: none yet
 }
 
@@ -79,6 +79,7 @@ func (s *slabs) get(n int) *slab {
 // settle moves c, which is whole and has a slab to itself, into one that it shares if it is
 // small.
 func (s *slabs) settle(c *chunk) {
+	c.slab.mem = c.data // it may have outgrown what it was given
 	if len(c.data) > s.size/slabShare {
 		return
 	}

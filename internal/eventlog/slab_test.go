@@ -78,44 +78,73 @@ func TestToldOfWhatIsOutOfMemory(t *testing.T) {
 
 // Commits are not garbage: what they were in is used again.
 func TestCommitsLeaveLittleBehind(t *testing.T) {
-	o := Options{Dir: t.TempDir(), SegmentSize: 4 << 20, Retention: 8 << 20, SyncEvery: -1, Recent: 1 << 20}
-	l := mustOpen(t, o)
-	defer mustClose(t, l)
-	b := &Batch{Entries: make([]Entry, 24)} // nearly a slab's worth
-	for i := range b.Entries {
-		b.Entries[i] = Entry{VM: "web1", Topic: []byte("t"), Payload: []byte(`"` + strings.Repeat("x", 1000) + `"`)}
-	}
-	r := l.NewReader(1)
-	defer r.Close()
-	const commits = 1000
-	written := 0
-	turn := func() {
-		if err := l.Append(t.Context(), b); err != nil {
-			t.Fatal(err)
-		}
-		var rec Record
-		for range b.Entries { // who reads holds nothing back
-			if ok, err := r.Next(&rec); !ok || err != nil {
-				t.Fatal(ok, err)
+	for _, c := range []struct {
+		name                        string
+		records, size, commits, mem int
+	}{
+		{"small ones share", 24, 1000, 1000, 1 << 20},
+		{"each its own", 60, 8000, 100, 1 << 20},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			o := Options{Dir: t.TempDir(), SegmentSize: 32 << 20, Retention: 64 << 20, SyncEvery: -1, Recent: c.mem}
+			l := mustOpen(t, o)
+			defer mustClose(t, l)
+			b := &Batch{Entries: make([]Entry, c.records)}
+			for i := range b.Entries {
+				b.Entries[i] = Entry{VM: "web1", Topic: []byte("t"), Payload: []byte(`"` + strings.Repeat("x", c.size) + `"`)}
 			}
-			written += len(rec.Line)
-		}
+			r := l.NewReader(1)
+			defer r.Close()
+			written := 0
+			turn := func() {
+				if err := l.Append(t.Context(), b); err != nil {
+					t.Fatal(err)
+				}
+				var rec Record
+				for range b.Entries { // who reads holds nothing back
+					if ok, err := r.Next(&rec); !ok || err != nil {
+						t.Fatal(ok, err)
+					}
+					written += len(rec.Line)
+				}
+			}
+			for range max(c.commits/10, 8) {
+				turn() // until memory is full
+			}
+			var before, after runtime.MemStats
+			runtime.ReadMemStats(&before)
+			written = 0
+			for range c.commits {
+				turn()
+			}
+			runtime.ReadMemStats(&after)
+			limit := written / 4
+			if poison { // the race detector has pools lose a quarter of what they are given, and a record was in two
+				limit = written * 5 / 4
+			}
+			if got := int(after.TotalAlloc - before.TotalAlloc); got > limit {
+				t.Errorf("%d bytes were allocated for %d of records", got, written)
+			}
+		})
 	}
-	for range commits / 10 {
-		turn() // until memory is full
+}
+
+// A commit that outgrows its slab leaves the larger memory in it.
+func TestSlabGrows(t *testing.T) {
+	l, _, err := open(Options{Dir: t.TempDir(), SegmentSize: 32 << 20, SyncEvery: -1})
+	if err != nil {
+		t.Fatal(err)
 	}
-	var before, after runtime.MemStats
-	runtime.ReadMemStats(&before)
-	written = 0
-	for range commits {
-		turn()
+	b := &Batch{done: make(chan struct{}, 1)}
+	for range 75 {
+		b.Entries = append(b.Entries, Entry{VM: "web1", Topic: []byte("t"), Payload: bytes.Repeat([]byte("1"), 60_000)})
 	}
-	runtime.ReadMemStats(&after)
-	limit := written / 8
-	if poison { // the race detector has pools lose a quarter of what they are given, and a record was in two
-		limit = written * 5 / 4
+	l.commit(b)
+	c := l.recent.find(1)
+	if len(c.data) < maxGroup || cap(c.slab.mem) != cap(c.data) {
+		t.Errorf("%d bytes are in memory for %d, its slab's for %d", len(c.data), cap(c.data), cap(c.slab.mem))
 	}
-	if got := int(after.TotalAlloc - before.TotalAlloc); got > limit {
-		t.Errorf("%d bytes were allocated for %d of records", got, written)
+	if err := l.finish(); err != nil {
+		t.Fatal(err)
 	}
 }

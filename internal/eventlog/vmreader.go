@@ -198,6 +198,7 @@ func (l *Log) LastMatchingOf(vm string, n uint64, match func(*Record) bool) (uin
 			newer = append(newer, rec.Seq)
 		}
 	}
+	r.Close() // the search may take long
 	if n == 0 {
 		return end + 1, nil
 	}

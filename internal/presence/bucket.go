@@ -123,5 +123,6 @@ func (b *Bucket) setLevel(l *Level, now time.Time, elapsed time.Duration) {
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.records, b.bytes, b.at = l.Records, l.Bytes, now.Add(-l.Age-elapsed)
+	// Nothing fills before at, which is not to be ahead because of what a file says.
+	b.records, b.bytes, b.at = l.Records, l.Bytes, now.Add(-max(0, l.Age)-elapsed)
 }

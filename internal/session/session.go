@@ -54,7 +54,8 @@ type Broker interface {
 	Unsubscribe(sub *Subscription)
 	// Subscribed notes what s is subscribed to now.
 	Subscribed(s *Session, topics []string)
-	// Visible gives what a guest may hear, whatever it is subscribed to.
+	// Visible gives what a guest may hear, whatever it is subscribed to. What it gives
+	// must not keep the record.
 	Visible(vm string) func(*eventlog.Record) bool
 	// OpenCursor gives the position of a durable cursor, making it at start
 	// where there is none.
@@ -77,8 +78,8 @@ type Guest interface {
 	// Heard notes that frames arrived, Heartbeat that one was a heartbeat.
 	Heard()
 	Heartbeat()
-	// Allow takes a record with a payload of n bytes off the VM's share; where
-	// there is none left it gives how long until there is.
+	// Allow takes a record with a payload of n bytes, which came at now, off the VM's
+	// share; where there is none left it gives how long until there is.
 	Allow(n int, now time.Time) (wait time.Duration)
 	// Published notes n records stored.
 	Published(n int)

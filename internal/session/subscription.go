@@ -92,10 +92,10 @@ func (sub *Subscription) fill(w *courier, out []byte) (_ []byte, more bool, err 
 		}
 		sub.behind.Store(true)
 	}
+	defer sub.reader.Rest() // the guest may take its time over these
 	var rec eventlog.Record
 	for range scanLimit {
 		if len(out) >= deliverySize {
-			sub.reader.Rest() // the guest may take its time over these
 			return out, true, nil
 		}
 		if !sub.reader.Near() {

@@ -34,9 +34,9 @@ func (s *slab) release() {
 		return
 	}
 	if poison {
-		mem := s.mem[:cap(s.mem)]
-		for i := range mem {
-			mem[i] = '!'
+		mem := append(s.mem[:0], '!')[:cap(s.mem)]
+		for n := 1; n < len(mem); n *= 2 {
+			copy(mem[n:], mem[:n])
 		}
 	}
 	s.mem = s.mem[:0]

@@ -144,7 +144,7 @@ drain:
 	if err == nil {
 		_ = l.flush(now) // the entries hold the error
 	}
-	c.chunk.release()
+	c.chunk.release() // what was refused, or nothing
 	c.chunk, c.newest = nil, nil
 	for i, b := range c.group {
 		if len(b.tables) > 0 {
@@ -191,7 +191,7 @@ func (b *Batch) size() int {
 // begin starts a chunk with room for size bytes and so many entries.
 func (l *Log) begin(size, entries int) {
 	c := &l.c
-	c.chunk.release()
+	c.chunk.release() // one whose first line belongs to another segment
 	room := l.recent.slabs.get(min(size, maxGroup))
 	c.chunk = &chunk{first: c.next, data: room.mem, slab: room, offsets: make([]uint32, 0, entries)}
 	c.inside, c.newest = c.inside[:0], nil

@@ -168,6 +168,11 @@ func TestLevel(t *testing.T) {
 	if l := c.level(now.Add(worthCarrying + 1)); l != nil {
 		t.Errorf("long ago it was at %+v", l)
 	}
+	var d Bucket
+	d.setLevel(&Level{Age: -time.Hour}, now, 0) // a file that is wrong must not stop it from filling
+	if wait := d.Take(Rate{Records: 1, Burst: 5, Bytes: 1}, 0, now.Add(time.Second)); wait != 0 {
+		t.Errorf("a second behind a level of the future it waits %v", wait)
+	}
 }
 
 // Whoever was told something else last is told how it is, and nobody anything twice.

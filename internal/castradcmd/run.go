@@ -66,7 +66,7 @@ func Main(version string, args []string, stdout, stderr io.Writer) int {
 		fmt.Fprintf(stdout, "%s: the configuration is good\n", f.Config)
 		return 0
 	}
-	d := &daemon{version: version, path: f.Config, cfg: cfg, log: log, changed: make(chan struct{}, 1)}
+	d := &daemon{version: version, path: f.Config, cfg: cfg, log: log, start: beginStart(), changed: make(chan struct{}, 1)}
 	if err := d.run(); err != nil {
 		logging.Failed.On(d.log).WithError(err).Error("castrad ends")
 		return 1
@@ -80,6 +80,7 @@ type daemon struct {
 	path    string
 	cfg     config.Host // as it was at the start; of a reload the broker has what can change
 	log     *logrus.Logger
+	start   *starting
 
 	stored *os.File // what the castrad before left; nil: nothing
 	broker *broker.Broker
@@ -165,7 +166,7 @@ func (d *daemon) begin(ctx context.Context, work *sync.WaitGroup, listeners []ne
 	if sdnotify.Managed() {
 		work.Go(func() { d.keepStatus(ctx) })
 	}
-	work.Go(func() { trim(ctx) })
+	work.Go(func() { trim(ctx, d.start) })
 	if interval, ok := sdnotify.WatchdogInterval(); ok {
 		work.Go(func() {
 			sdnotify.RunWatchdog(ctx, interval, func(err error) { logging.WatchdogNotFed.On(d.log).WithError(err).Error("the watchdog is not fed") }, d.broker.Ping)

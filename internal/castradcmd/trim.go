@@ -5,6 +5,7 @@ import (
 	"runtime"
 	"runtime/debug"
 	runtimemetrics "runtime/metrics"
+	"sync/atomic"
 	"time"
 )
 
@@ -22,9 +23,62 @@ const (
 	collectWorth = 6 << 20
 )
 
+const (
+	// startMemory is how many bytes a castrad that starts takes before it collects garbage.
+	startMemory = 64 << 20
+
+	// startCollections is how often it does so at most before it does as ever: where what
+	// is no heap takes nearly all of them, there would be one after the other.
+	startCollections = 8
+)
+
+// starting is the time in which garbage is collected less. When castrad is back after a
+// crash ten thousand guests connect within a second: half a dozen collections while the
+// heap grows from nothing to what they need, which take a tenth of the processor that all
+// of them wait for.
+type starting struct {
+	percent   int // GOGC and GOMEMLIMIT as they are otherwise
+	limit     int64
+	over      atomic.Bool
+	collected int // of watch
+}
+
+// beginStart begins it.
+func beginStart() *starting {
+	s := &starting{percent: debug.SetGCPercent(-1), limit: debug.SetMemoryLimit(-1)}
+	debug.SetMemoryLimit(min(s.limit, startMemory))
+	s.watch()
+	return s
+}
+
+// end has garbage collected as ever.
+func (s *starting) end() {
+	if s.over.CompareAndSwap(false, true) {
+		debug.SetGCPercent(s.percent)
+		debug.SetMemoryLimit(s.limit)
+	}
+}
+
+// watch ends the start when a collection leaves so much that the limit would have the next
+// one come sooner than ever.
+func (s *starting) watch() {
+	runtime.AddCleanup(new([64]byte), func(s *starting) {
+		live := []runtimemetrics.Sample{{Name: "/gc/heap/live:bytes"}}
+		runtimemetrics.Read(live)
+		s.collected++
+		switch {
+		case live[0].Value.Uint64() > startMemory/3, s.collected == startCollections:
+			s.end()
+		case !s.over.Load():
+			s.watch()
+		}
+	}, s)
+}
+
 // trim gives memory back to the system when a burst is over: the runtime by itself
-// keeps as much again as is in use, for the next burst, and for ever.
-func trim(ctx context.Context) {
+// keeps as much again as is in use, for the next burst, and for ever. The start ends when
+// it looks again.
+func trim(ctx context.Context, start *starting) {
 	allocated := []runtimemetrics.Sample{{Name: "/gc/heap/allocs:bytes"}}
 	t := time.NewTicker(trimEvery)
 	defer t.Stop()
@@ -48,6 +102,7 @@ func trim(ctx context.Context) {
 		before = now
 		select {
 		case <-t.C:
+			start.end()
 		case <-ctx.Done():
 			return
 		}

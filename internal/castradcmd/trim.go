@@ -5,7 +5,7 @@ import (
 	"runtime"
 	"runtime/debug"
 	runtimemetrics "runtime/metrics"
-	"sync/atomic"
+	"sync"
 	"time"
 )
 
@@ -39,7 +39,7 @@ const (
 type starting struct {
 	percent   int // GOGC and GOMEMLIMIT as they are otherwise
 	limit     int64
-	over      atomic.Bool
+	over      sync.Once
 	collected int // of watch
 }
 
@@ -53,40 +53,42 @@ func beginStart() *starting {
 
 // end has garbage collected as ever.
 func (s *starting) end() {
-	if s.over.CompareAndSwap(false, true) {
+	s.over.Do(func() {
 		debug.SetGCPercent(s.percent)
 		debug.SetMemoryLimit(s.limit)
-	}
+	})
 }
 
 // watch ends the start when a collection leaves so much that the limit would have the next
 // one come sooner than ever.
 func (s *starting) watch() {
-	runtime.AddCleanup(new([64]byte), func(s *starting) {
-		live := []runtimemetrics.Sample{{Name: "/gc/heap/live:bytes"}}
-		runtimemetrics.Read(live)
-		s.collected++
-		switch {
-		case live[0].Value.Uint64() > startMemory/3, s.collected == startCollections:
+	unused := new([64]byte) // less shares its place with what may be in use (runtime.AddCleanup)
+	runtime.AddCleanup(unused, func(s *starting) {
+		if s.collected++; metric("/gc/heap/live:bytes") > startMemory/3 || s.collected == startCollections {
 			s.end()
-		case !s.over.Load():
+		} else {
 			s.watch()
 		}
 	}, s)
+}
+
+// metric gives one of runtime/metrics.
+func metric(name string) uint64 {
+	m := []runtimemetrics.Sample{{Name: name}}
+	runtimemetrics.Read(m)
+	return m[0].Value.Uint64()
 }
 
 // trim gives memory back to the system when a burst is over: the runtime by itself
 // keeps as much again as is in use, for the next burst, and for ever. The start ends when
 // it looks again.
 func trim(ctx context.Context, start *starting) {
-	allocated := []runtimemetrics.Sample{{Name: "/gc/heap/allocs:bytes"}}
 	t := time.NewTicker(trimEvery)
 	defer t.Stop()
 	var collected, before uint64 // of what was allocated
 	burst := false
 	for {
-		runtimemetrics.Read(allocated)
-		now := allocated[0].Value.Uint64()
+		now := metric("/gc/heap/allocs:bytes")
 		quiet := now-before < trimQuiet
 		switch {
 		case !quiet:

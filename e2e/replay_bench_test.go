@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -82,23 +83,24 @@ func (p *wirePeer) subscribe() error {
 	return p.send([]byte(`{"type":"subscribe","topic":"` + floodTopic + `","from":"start"}`))
 }
 
-// hear reads n deliveries, none of which may be anything else.
-func (p *wirePeer) hear(in *frames, n int) error {
+// hear reads at least n deliveries, and whatever came with the last of them; it gives how
+// many. There may be nothing else.
+func (p *wirePeer) hear(in *frames, n int) (heard int, err error) {
 	const delivery = `{"type":"publish"`
-	for n > 0 {
+	for heard < n {
 		err := in.some(func(b []byte) error {
 			if string(b[:min(len(b), len(delivery))]) == delivery {
-				n--
+				heard++
 			} else if !strings.HasPrefix(string(b), `{"type":"ack","ack":"subscribe","status":"ok"`) {
 				return fmt.Errorf("%s came where a delivery was due", b)
 			}
 			return nil
 		})
 		if err != nil {
-			return err
+			return heard, err
 		}
 	}
-	return nil
+	return heard, nil
 }
 
 // BenchmarkReplayToOne has one guest hear a million records of 256 bytes from the first
@@ -126,7 +128,7 @@ func BenchmarkReplayToOne(b *testing.B) {
 				done := l.profile(strconv.Itoa(i), time.Second)
 				err := p.subscribe()
 				if err == nil {
-					err = p.hear(in, records)
+					_, err = p.hear(in, records)
 				}
 				if err != nil {
 					b.Fatal(err)
@@ -150,8 +152,12 @@ func BenchmarkReplayToOne(b *testing.B) {
 // replayerEnv makes TestReplayer read, in a process of its own: "PORT RECORDS".
 const replayerEnv = "CASTRA_REPLAYER"
 
+// replayerSays is after how many records TestReplayer writes a line.
+const replayerSays = 10_000
+
 // TestReplayer hears so many records from the first on, again and again, until it is
-// killed, and says how many a second: it is a part of BenchmarkLaggingSubscriber.
+// killed, and writes a line after each replayerSays of them: it is a part of
+// BenchmarkLaggingSubscriber.
 func TestReplayer(t *testing.T) {
 	args := os.Getenv(replayerEnv)
 	if args == "" {
@@ -165,15 +171,27 @@ func TestReplayer(t *testing.T) {
 	p := l.connect("replayer")
 	in := &frames{r: p.r, buf: make([]byte, 1<<20)}
 	for {
-		began := time.Now()
 		if err := p.subscribe(); err != nil {
 			t.Fatal(err)
 		}
-		if err := p.hear(in, records); err != nil {
-			t.Fatal(err)
+		for heard, said := 0, 0; heard < records; {
+			n, err := p.hear(in, min(records-heard, replayerSays))
+			if err != nil {
+				t.Fatal(err)
+			}
+			for heard += n; heard-said >= replayerSays; said += replayerSays {
+				fmt.Println()
+			}
 		}
-		fmt.Println(float64(records) / time.Since(began).Seconds())
 	}
+}
+
+// lines counts those that are written to it.
+type lines struct{ n atomic.Int64 }
+
+func (l *lines) Write(b []byte) (int, error) {
+	l.n.Add(int64(bytes.Count(b, []byte("\n"))))
+	return len(b), nil
 }
 
 // beside starts a process that runs beside a measurement and writes to out.
@@ -195,10 +213,10 @@ func (l *lab) beside(out io.Writer, env string, argv ...string) (stop func()) {
 }
 
 // BenchmarkLaggingSubscriber has one guest publish a thousand records a second and
-// another hear them, from when each was due, in quiet and beside a third that is behind:
+// another hear them, as W1 of busbench does, in quiet and beside a third that is behind:
 // one that hears a million records (CASTRA_BENCH_RECORDS) at full speed, again and
-// again, and one that reads nothing. To compare with the first, a process that takes as
-// much of the processors and has nothing to do with castrad. Quiet and not take turns.
+// again, and one that reads nothing. To compare, nobody at all, and a process that computes
+// and has nothing to do with castrad. Quiet and not take turns.
 func BenchmarkLaggingSubscriber(b *testing.B) {
 	const rounds, each, rate = 6, 4 * time.Second, 1000
 	l, castrad := benchLab(b, "")
@@ -228,13 +246,14 @@ func BenchmarkLaggingSubscriber(b *testing.B) {
 		}
 	}()
 	publish := func(d time.Duration) *latencies {
+		runtime.LockOSThread() // for sleepUntil
+		defer runtime.UnlockOSThread()
 		heard.all = nil
 		timed.Store(true)
 		start := time.Now()
 		for i := range int(d / (time.Second / rate)) {
 			due := start.Add(time.Duration(i) * time.Second / rate)
-			time.Sleep(time.Until(due))
-			if err := pub.send(body(i, due)); err != nil {
+			if err := pub.send(body(i, sleepUntil(due))); err != nil {
 				b.Fatal(err)
 			}
 		}
@@ -261,6 +280,7 @@ func BenchmarkLaggingSubscriber(b *testing.B) {
 			}
 			return func() { _ = p.Close() }
 		}},
+		{"nobody", func(*lab, io.Writer) func() { return func() {} }},
 		{"not-subscribed", func(l *lab, out io.Writer) func() { return l.beside(out, "", "sh", "-c", "while :; do :; done") }},
 	} {
 		b.Run(c.name, func(b *testing.B) {
@@ -268,31 +288,25 @@ func BenchmarkLaggingSubscriber(b *testing.B) {
 			publish(time.Second)
 			var quiet, beside latencies
 			var p50s, p99s, replays []float64
-			var said bytes.Buffer // how many records a second the third hears
+			var said lines // by the third, as it hears
 			for range rounds {
 				q := publish(each)
 				stop := c.start(l, &said)
 				time.Sleep(500 * time.Millisecond) // until it is in full swing
 				done := l.profile("beside", each)
-				before := l.usageOf(castrad)
+				before, saidBefore := l.usageOf(castrad), said.n.Load()
 				s := publish(each)
-				after := l.usageOf(castrad)
+				after, saidAfter := l.usageOf(castrad), said.n.Load()
 				done()
 				stop()
+				replays = append(replays, float64(saidAfter-saidBefore)*replayerSays/after.at.Sub(before.at).Seconds())
 				p50s = append(p50s, s.quantile(.5)/q.quantile(.5))
 				p99s = append(p99s, s.quantile(.99)/q.quantile(.99))
 				quiet.all, beside.all = append(quiet.all, q.all...), append(beside.all, s.all...)
 				b.Logf("p50 %.0f and %.0f µs, p99 %.0f and %.0f; castrad takes %.2f of a core", q.quantile(.5), s.quantile(.5), q.quantile(.99), s.quantile(.99),
 					(after.cpu-before.cpu).Seconds()/math.Max(after.at.Sub(before.at).Seconds(), 1))
 			}
-			for said.Len() > 0 {
-				var rate float64
-				if _, err := fmt.Fscanln(&said, &rate); err != nil {
-					b.Fatal(err)
-				}
-				replays = append(replays, rate)
-			}
-			if len(replays) > 0 {
+			if said.n.Load() > 0 {
 				b.ReportMetric(median(replays), "replayed/s")
 			}
 			b.ReportMetric(quiet.quantile(.5), "quiet-p50-µs")

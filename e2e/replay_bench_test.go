@@ -219,7 +219,7 @@ func (l *lab) beside(out io.Writer, env string, argv ...string) (stop func()) {
 // and has nothing to do with castrad. Quiet and not take turns, many of them: on a virtual
 // machine a p99 is made of the moments in which its host does something else.
 func BenchmarkLaggingSubscriber(b *testing.B) {
-	const rounds, each, rate = 16, 4*time.Second, 1000
+	const rounds, each, rate = 16, 4 * time.Second, 1000
 	l, castrad := benchLab(b, "")
 	records := int(fromEnv(b, "CASTRA_BENCH_RECORDS", million))
 	l.flood(floodLoad{guests: 8, size: 256, window: 64, total: int64(records)}).end()

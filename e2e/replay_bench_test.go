@@ -8,7 +8,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -83,24 +82,25 @@ func (p *wirePeer) subscribe() error {
 	return p.send([]byte(`{"type":"subscribe","topic":"` + floodTopic + `","from":"start"}`))
 }
 
-// hear reads at least n deliveries, and whatever came with the last of them; it gives how
-// many. There may be nothing else.
-func (p *wirePeer) hear(in *frames, n int) (heard int, err error) {
+// hear reads n deliveries, none of which may be anything else, and tells after each how many
+// there were.
+func (p *wirePeer) hear(in *frames, n int, each func(heard int)) error {
 	const delivery = `{"type":"publish"`
-	for heard < n {
+	for heard := 0; heard < n; {
 		err := in.some(func(b []byte) error {
 			if string(b[:min(len(b), len(delivery))]) == delivery {
 				heard++
+				each(heard)
 			} else if !strings.HasPrefix(string(b), `{"type":"ack","ack":"subscribe","status":"ok"`) {
 				return fmt.Errorf("%s came where a delivery was due", b)
 			}
 			return nil
 		})
 		if err != nil {
-			return heard, err
+			return err
 		}
 	}
-	return heard, nil
+	return nil
 }
 
 // BenchmarkReplayToOne has one guest hear a million records of 256 bytes from the first
@@ -128,7 +128,7 @@ func BenchmarkReplayToOne(b *testing.B) {
 				done := l.profile(strconv.Itoa(i), time.Second)
 				err := p.subscribe()
 				if err == nil {
-					_, err = p.hear(in, records)
+					err = p.hear(in, records, func(int) {})
 				}
 				if err != nil {
 					b.Fatal(err)
@@ -174,14 +174,13 @@ func TestReplayer(t *testing.T) {
 		if err := p.subscribe(); err != nil {
 			t.Fatal(err)
 		}
-		for heard, said := 0, 0; heard < records; {
-			n, err := p.hear(in, min(records-heard, replayerSays))
-			if err != nil {
-				t.Fatal(err)
-			}
-			for heard += n; heard-said >= replayerSays; said += replayerSays {
+		err := p.hear(in, records, func(heard int) {
+			if heard%replayerSays == 0 {
 				fmt.Println()
 			}
+		})
+		if err != nil {
+			t.Fatal(err)
 		}
 	}
 }
@@ -247,20 +246,17 @@ func BenchmarkLaggingSubscriber(b *testing.B) {
 		}
 	}()
 	publish := func(d time.Duration) *latencies {
-		runtime.LockOSThread() // for sleepUntil
-		defer runtime.UnlockOSThread()
+		n := int(d.Seconds() * rate)
 		heard.all = nil
 		timed.Store(true)
-		start := time.Now()
-		for i := range int(d / (time.Second / rate)) {
-			due := start.Add(time.Duration(i) * time.Second / rate)
-			if err := pub.send(body(i, sleepUntil(due))); err != nil {
+		paced(n, rate, func(i int, at time.Time) {
+			if err := pub.send(body(i, at)); err != nil {
 				b.Fatal(err)
 			}
-		}
+		})
 		l.until("all are heard", func() error {
-			if n := heard.len(); n < int(d/(time.Second/rate)) {
-				return fmt.Errorf("%d are", n)
+			if got := heard.len(); got < n {
+				return fmt.Errorf("%d are", got)
 			}
 			return nil
 		})

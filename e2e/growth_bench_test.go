@@ -19,15 +19,14 @@ import (
 // are left for the next run; what it adds to them stays in them.
 const keptLogs = "CASTRA_BENCH_LOGS"
 
-// atLimits is the variable that has the empty castrad keep little, so that it is soon at its
-// limits and removes as much as it writes, as one does that has been running for a day: what
-// is left of the difference comes of what is behind that one.
-const atLimits = "CASTRA_BENCH_AT_LIMITS"
-
 // A past is what castrad has behind it when it is measured.
 type past struct {
 	name  string
 	store string // what its [store] is to say
+	// small, if it says something, is the [store] of a third castrad, as empty as the second
+	// and so soon at its limits that it removes as much as it writes when it is measured, as the
+	// one with the past does: what is left of the difference comes of the past.
+	small string
 	// register, if there is one, defines VMs: names that nobody has registered have to
 	// share what is kept, and with thousands of them each would have little.
 	register func(l *lab)
@@ -44,13 +43,8 @@ func BenchmarkNoGrowth(b *testing.B) {
 	gib := fromEnv(b, "CASTRA_BENCH_GIB", 1)
 	hours := fromEnv(b, "CASTRA_BENCH_HOURS", .25)
 	streams := int(fromEnv(b, "CASTRA_BENCH_STREAMS", 10_000))
-	// Neither side of the first two reaches a limit in its turns: what removing costs the day
-	// shows.
+	// No side of the first two reaches a limit in its turns: what removing costs the day shows.
 	const unlimited = `host_retention_size = "1TiB"`
-	streamsStore := unlimited
-	if os.Getenv(atLimits) != "" {
-		streamsStore = ""
-	}
 	for _, p := range []past{
 		{
 			name: fmt.Sprintf("%gGiB", gib), store: unlimited,
@@ -60,7 +54,7 @@ func BenchmarkNoGrowth(b *testing.B) {
 			},
 		},
 		{
-			name: fmt.Sprintf("%d-streams", streams), store: streamsStore,
+			name: fmt.Sprintf("%d-streams", streams), store: unlimited,
 			register: func(l *lab) {
 				l.manyVMs(streams)
 				for i := range w2.guests {
@@ -71,7 +65,8 @@ func BenchmarkNoGrowth(b *testing.B) {
 			again: func(l *lab) { l.publishOnce(streams, "2") },
 		},
 		{
-			name: fmt.Sprintf("%gh-of-50-VMs", hours), make: func(l *lab) {
+			name: fmt.Sprintf("%gh-of-50-VMs", hours), small: `host_retention_size = "256MiB"`,
+			make: func(l *lab) {
 				// With more outstanding they would come faster than the copies to the VMs'
 				// streams, and be refused until those have caught up.
 				l.flood(floodLoad{guests: 50, size: 256, window: 8, lasting: true, total: int64(hours * 3600 * 50 * 10)}).end()
@@ -82,87 +77,115 @@ func BenchmarkNoGrowth(b *testing.B) {
 	}
 }
 
+// A side is a castrad that BenchmarkNoGrowth measures, and what it got, a figure a turn.
+type side struct {
+	*lab
+	name    string
+	castrad *exec.Cmd
+	settle  time.Duration // from the load's beginning to the measurement's
+
+	starts, rates, cpu, p99 []float64 // ms, records a second, s per 100,000 records, ms
+	rss                     float64   // MiB, in its last turn
+}
+
+// turn measures it under load for d.
+func (s *side) turn(d time.Duration) {
+	s.coldLog() // what was written or removed before is not to be written beside it
+	f := s.flood(w2)
+	time.Sleep(s.settle)
+	r := f.measure(s.castrad, d)
+	f.end()
+	s.rates, s.cpu, s.p99, s.rss = append(s.rates, r.perSecond), append(s.cpu, r.cpu), append(s.p99, r.p99/1e3), r.rss
+}
+
+// anew is turn for one that is begun with nothing each time.
+func (s *side) anew(d time.Duration) {
+	castrad, took := s.timedStart(fmt.Sprint("castrad", len(s.starts)))
+	s.castrad, s.starts = castrad, append(s.starts, took.Seconds()*1e3)
+	s.turn(d)
+	s.stop("castrad", castrad)
+	for _, dir := range []string{"log", "state"} {
+		if err := os.RemoveAll(s.path(dir)); err != nil {
+			s.Fatal(err)
+		}
+	}
+}
+
+// times gives, turn by turn, how many times another's figures those of all are.
+func times(all, others []float64) []float64 {
+	ratios := make([]float64, len(all))
+	for i := range all {
+		ratios[i] = all[i] / others[i]
+	}
+	return ratios
+}
+
 func (p *past) measure(b *testing.B) {
 	const rounds, starts, d = 12, 3, 5 * time.Second
-	settle, emptyStore := time.Second, p.store
-	if os.Getenv(atLimits) != "" && p.store == "" {
-		settle, emptyStore = d, `host_retention_size = "256MiB"`
-	}
-	full, empty := newLab(b), newLab(b)
-	kept := p.keep(b, full)
+	full := &side{lab: newLab(b), name: "full", settle: time.Second}
+	kept := p.keep(b, full.lab)
 	if p.register != nil {
-		p.register(full)
+		p.register(full.lab)
 	}
 	full.loadedConfig(p.store + "\nsync = \"never\"")
 	if !kept {
-		castrad := full.startCastrad("castrad-before")
+		full.castrad = full.startCastrad("castrad-before")
 		full.answers()
 		began := time.Now()
-		p.make(full)
-		full.stop("castrad-before", castrad)
+		p.make(full.lab)
+		full.stop("castrad-before", full.castrad)
 		b.Logf("made in %v", time.Since(began).Round(time.Second))
 	}
 	full.writeLoaded(p.store)
-	empty.loadedConfig(emptyStore)
 	size, files := full.logSize()
-
-	var fullStarts, emptyStarts, fullRates, emptyRates, fullCPU, emptyCPU, fullP99, emptyP99, rate, cpu []float64
-	var castrad *exec.Cmd
 	for i := range starts {
-		if castrad != nil {
-			full.stop("castrad", castrad)
+		if i > 0 {
+			full.stop("castrad", full.castrad)
 		}
 		full.coldLog()
 		var took time.Duration
-		castrad, took = full.timedStart(fmt.Sprint("castrad", i))
-		fullStarts = append(fullStarts, took.Seconds()*1e3)
+		full.castrad, took = full.timedStart(fmt.Sprint("castrad", i))
+		full.starts = append(full.starts, took.Seconds()*1e3)
 	}
 	if p.again != nil {
-		p.again(full)
+		p.again(full.lab)
 	}
-	load := func(l *lab, castrad *exec.Cmd) floodRate {
-		l.coldLog() // what was written or removed before is not to be written beside it
-		f := l.flood(w2)
-		time.Sleep(settle)
-		r := f.measure(castrad, d)
-		f.end()
-		return r
+
+	sides := []*side{full, {lab: newLab(b), name: "empty", settle: time.Second}}
+	sides[1].loadedConfig(p.store)
+	if p.small != "" {
+		sides = append(sides, &side{lab: newLab(b), name: "small", settle: d})
+		sides[2].loadedConfig(p.small)
 	}
-	var e, f floodRate
-	turns := []func(i int){
-		func(i int) {
-			castradOfNone, took := empty.timedStart(fmt.Sprint("castrad", i))
-			e = load(empty, castradOfNone)
-			empty.stop("castrad", castradOfNone)
-			for _, dir := range []string{"log", "state"} {
-				if err := os.RemoveAll(empty.path(dir)); err != nil {
-					b.Fatal(err)
-				}
-			}
-			emptyStarts = append(emptyStarts, took.Seconds()*1e3)
-		},
-		func(int) { f = load(full, castrad) },
+	turns := []func(){func() { full.turn(d) }}
+	for _, s := range sides[1:] {
+		turns = append(turns, func() { s.anew(d) })
 	}
 	for i := range rounds {
 		for _, turn := range turns {
-			turn(i)
+			turn()
 		}
-		slices.Reverse(turns) // what a turn leaves the disk to do is not always to be the same one's burden
-		b.Logf("empty %.0f/s, %.2f s per 100,000, ack p99 %.1f ms; full %.0f/s, %.2f s, %.1f ms", e.perSecond, e.cpu, e.p99/1e3, f.perSecond, f.cpu, f.p99/1e3)
-		emptyRates, fullRates = append(emptyRates, e.perSecond), append(fullRates, f.perSecond)
-		emptyCPU, fullCPU = append(emptyCPU, e.cpu), append(fullCPU, f.cpu)
-		emptyP99, fullP99 = append(emptyP99, e.p99/1e3), append(fullP99, f.p99/1e3)
-		rate, cpu = append(rate, f.perSecond/e.perSecond), append(cpu, f.cpu/e.cpu)
+		// What a turn leaves the disk to do is not always to be the same one's burden.
+		slices.Reverse(turns)
+		if i%2 == 1 {
+			turns = append(turns[1:], turns[0])
+		}
+		for _, s := range sides {
+			b.Logf("%s %.0f/s, %.2f s per 100,000, ack p99 %.1f ms", s.name, s.rates[i], s.cpu[i], s.p99[i])
+		}
 	}
 	full.castractl("bus", "tail", "-n", "1", "--no-follow")
-	for what, all := range map[string][]float64{
-		"start-ms": fullStarts, "empty-start-ms": emptyStarts, "acked/s": fullRates, "empty-acked/s": emptyRates,
-		"cpu-s/100k": fullCPU, "empty-cpu-s/100k": emptyCPU, "ack-p99-ms": fullP99, "empty-ack-p99-ms": emptyP99,
-		"times-acked": rate, "times-cpu": cpu,
-	} {
-		b.ReportMetric(median(all), what)
+	for _, s := range sides {
+		b.ReportMetric(median(s.starts), s.name+"-start-ms")
+		b.ReportMetric(median(s.rates), s.name+"-acked/s")
+		b.ReportMetric(median(s.cpu), s.name+"-cpu-s/100k")
+		b.ReportMetric(median(s.p99), s.name+"-ack-p99-ms")
+		if s != full {
+			b.ReportMetric(median(times(full.rates, s.rates)), "times-"+s.name+"-acked")
+			b.ReportMetric(median(times(full.cpu, s.cpu)), "times-"+s.name+"-cpu")
+		}
 	}
-	b.ReportMetric(f.rss, "RSS-MiB")
+	b.ReportMetric(full.rss, "RSS-MiB")
 	b.ReportMetric(float64(size)/(1<<30), "log-GiB")
 	b.ReportMetric(float64(files), "log-files")
 	b.ReportMetric(0, "ns/op")

@@ -14,7 +14,7 @@ const (
 	// reads at once. A larger one makes the write longer.
 	maxBatch = 256 << 10
 
-	// expireInterval is how often a log that does not grow looks for records
+	// expireInterval is how often, at least, a log that does not grow looks for records
 	// grown too old.
 	expireInterval = 10 * time.Minute
 )
@@ -68,7 +68,7 @@ func (l *Log) run() {
 			l.round(l.retry)
 		case <-c.expireTimer.C:
 			l.round(l.expire)
-			c.expireTimer.Reset(expireInterval)
+			c.expireTimer.Reset(expireEvery(l.opts.MaxAge))
 		case <-l.quit:
 			for {
 				select {

@@ -98,56 +98,70 @@ func (f *sharedFile) Preallocate(off, n int64) error {
 }
 
 // Records go for their age from the host stream and from the stream of a VM that
-// publishes no more, before a restart or after it; the newest segment stays.
-// Nothing goes that castrad has not itself seen sealed for an hour.
+// publishes no more, before a restart or after it, and at most a quarter of that age, or
+// ten minutes, too late; the newest segment stays.
 func TestRetentionByAge(t *testing.T) {
-	for _, restart := range []bool{false, true} {
+	for _, c := range []struct {
+		age, late time.Duration
+		restart   bool
+	}{
+		{2 * time.Second, time.Second, false},
+		{2 * time.Second, time.Second, true},
+		{40 * time.Minute, 10 * time.Minute, false},
+		{40 * time.Minute, 10 * time.Minute, true},
+		{72 * time.Hour, 10 * time.Minute, false},
+		{72 * time.Hour, 10 * time.Minute, true},
+	} {
 		bubble.Test(t, func(t *testing.T) {
 			o := testOptions("/log")
 			o.FS = &sharedFS{FS: newSimDisk(rand.New(rand.NewPCG(1, 1)))}
 			o.SegmentSize, o.PerVM.SegmentSize = 4096, 4096
-			o.MaxAge, o.PerVM.MaxAge = 40*time.Minute, 40*time.Minute
+			o.MaxAge, o.PerVM.MaxAge = c.age, c.age
 			vm := filepath.Join(o.PerVM.Dir, "web1")
 			l := mustOpen(t, o)
 			for range 40 {
 				publish(t, l, "web1", "t", "", `"`+strings.Repeat("x", 500)+`"`)
 			}
-			if restart {
+			if c.restart {
 				mustClose(t, l)
 				l = mustOpen(t, o)
 			}
 			defer func() { mustClose(t, l) }()
-			time.Sleep(55 * time.Minute) // old enough, had the clock not perhaps jumped
+			time.Sleep(c.age - time.Millisecond)
 			synctest.Wait()
 			if host, own := segmentsIn(t, o, o.Dir), segmentsIn(t, o, vm); host < 5 || own < 5 {
-				t.Errorf("within the hour %d and %d segments are left", host, own)
+				t.Errorf("%v: before that age %d and %d segments are left", c, host, own)
 			}
-			time.Sleep(25 * time.Minute)
+			time.Sleep(c.late + time.Second + 2*time.Millisecond) // a sweep takes its time
 			synctest.Wait()
 			if host, own := segmentsIn(t, o, o.Dir), segmentsIn(t, o, vm); host != 1 || own != 1 {
-				t.Errorf("%d and %d segments are left", host, own)
+				t.Errorf("%v: %d and %d segments are left", c, host, own)
 			}
 		})
 	}
 }
 
 // Segments go for their age, oldest first, the newest never, and none that this
-// process has not seen sealed for an hour.
+// process has not seen sealed for an hour, or for that age.
 func TestExpireByAge(t *testing.T) {
 	now := time.Now()
 	old := now.Add(-48 * time.Hour)
 	fresh := now.Add(-time.Minute)
+	const day = 24 * time.Hour
 	for _, c := range []struct {
 		what     string
+		age      time.Duration
 		segs     []segment
 		before   uint64
 		keptFrom uint64
 	}{
-		{"two are too old", []segment{{first: 1, modified: old, sealed: old}, {first: 5, modified: old, sealed: old}, {first: 9, modified: fresh}}, 100, 9},
-		{"the newest stays", []segment{{first: 1, modified: old, sealed: old}, {first: 5, modified: old}}, 100, 5},
-		{"the clock has jumped", []segment{{first: 1, modified: old, sealed: fresh}, {first: 5, modified: fresh}}, 100, 1},
-		{"one is young", []segment{{first: 1, modified: fresh, sealed: old}, {first: 5, modified: fresh}}, 100, 1},
-		{"it is still to be copied", []segment{{first: 1, modified: old, sealed: old}, {first: 5, modified: old, sealed: old}, {first: 9, modified: fresh}}, 5, 5},
+		{"two are too old", day, []segment{{first: 1, modified: old, sealed: old}, {first: 5, modified: old, sealed: old}, {first: 9, modified: fresh}}, 100, 9},
+		{"the newest stays", day, []segment{{first: 1, modified: old, sealed: old}, {first: 5, modified: old}}, 100, 5},
+		{"the clock has jumped", day, []segment{{first: 1, modified: old, sealed: fresh}, {first: 5, modified: fresh}}, 100, 1},
+		{"it has, and nothing may grow as old as an hour", 2 * time.Minute, []segment{{first: 1, modified: old, sealed: fresh}, {first: 5, modified: fresh}}, 100, 1},
+		{"nothing may grow as old as an hour", time.Minute, []segment{{first: 1, modified: old, sealed: fresh}, {first: 5, modified: fresh}}, 100, 5},
+		{"one is young", day, []segment{{first: 1, modified: fresh, sealed: old}, {first: 5, modified: fresh}}, 100, 1},
+		{"it is still to be copied", day, []segment{{first: 1, modified: old, sealed: old}, {first: 5, modified: old, sealed: old}, {first: 9, modified: fresh}}, 5, 5},
 	} {
 		t.Run(c.what, func(t *testing.T) {
 			s := &stream{fs: OS, dir: t.TempDir(), segs: c.segs}
@@ -156,7 +170,7 @@ func TestExpireByAge(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			if _, _, err := s.expire(retention{age: 24 * time.Hour, before: c.before}, now, false); err != nil {
+			if _, _, err := s.expire(retention{age: c.age, before: c.before}, now, false); err != nil {
 				t.Fatal(err)
 			}
 			files, err := os.ReadDir(s.dir)

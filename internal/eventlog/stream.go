@@ -232,9 +232,17 @@ type retention struct {
 	oversize func()
 }
 
-// minSealed is how long this process must have seen a segment sealed before
-// its age counts: a clock that jumps must not expire fresh records.
+// minSealed is how long this process must have seen a segment sealed, if it may not grow
+// that old anyway, before its age counts: a clock that jumps must not expire fresh records.
 const minSealed = time.Hour
+
+// expireEvery is how often records of at most that age are looked for; 0: of any.
+func expireEvery(age time.Duration) time.Duration {
+	if age == 0 {
+		return expireInterval
+	}
+	return min(expireInterval, max(time.Second, age/4))
+}
 
 // expire removes whole segments, oldest first, never the newest, until the
 // stream is within r. It stops at the first that cannot be removed: a newer one
@@ -324,7 +332,7 @@ func (s *stream) doomed(r retention, now time.Time) (g segment, tooBig, held boo
 		total += g.size
 	}
 	tooBig = r.size > 0 && total > r.size
-	tooOld := r.age > 0 && now.Sub(s.segs[0].modified) > r.age && time.Since(s.segs[0].sealed) >= minSealed
+	tooOld := r.age > 0 && now.Sub(s.segs[0].modified) > r.age && time.Since(s.segs[0].sealed) >= min(minSealed, r.age)
 	if !tooBig && !tooOld {
 		return g, false, false
 	}

@@ -14,13 +14,14 @@ const sweepStep = 64
 // no more included, and gives when to go on: by age, and by a share that has become
 // less.
 func (p *perVM) sweep() (next time.Duration, err error) {
+	whole := expireEvery(p.opts.MaxAge)
 	if p.opts.MaxAge == 0 && p.opts.Share == nil {
-		return expireInterval, nil
+		return whole, nil
 	}
 	if len(p.unswept) == 0 {
 		entries, err := p.log.opts.FS.ReadDir(p.opts.Dir)
 		if err != nil {
-			return expireInterval, err
+			return whole, err
 		}
 		for _, e := range entries {
 			if e.IsDir() && !isAside(e.Name()) {
@@ -33,7 +34,7 @@ func (p *perVM) sweep() (next time.Duration, err error) {
 		err = errors.Join(err, p.sweepVM(vm))
 	}
 	if p.unswept = p.unswept[n:]; len(p.unswept) == 0 {
-		return expireInterval, err
+		return whole, err
 	}
 	return time.Second, err
 }

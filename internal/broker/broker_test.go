@@ -122,11 +122,16 @@ func TestDurableCursor(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	if _, err := b.Publish(t.Context(), bus.PublishRequest{Topic: "another", Payload: []byte("10")}); err != nil {
+		t.Fatal(err)
+	}
 	g := connect(t, b.addr, "g")
 	g.send(`{"type":"subscribe","topic":"t","from":"start","cursor":"c"}`)
 	g.expect(`{"ack":"subscribe","status":"ok"}`, `{"payload":0}`, `{"payload":1}`, `{"payload":2}`)
 	g.send(`{"type":"ack","ack":"publish","subscription":"t","seq":3}`, `{"type":"ack","ack":"publish","subscription":"t","seq":2}`,
-		`{"type":"ack","ack":"publish","subscription":"t","seq":999}`, `{"type":"heartbeat"}`)
+		`{"type":"ack","ack":"publish","subscription":"t","seq":999}`,
+		`{"type":"ack","ack":"publish","subscription":"t","seq":11}`, // it was passed, and not sent
+		`{"type":"heartbeat"}`)
 	for range 8 { // seven deliveries and the answer to the heartbeat, in any order
 		g.next()
 	}

@@ -1,6 +1,7 @@
 package session
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"math"
@@ -37,7 +38,8 @@ type FrozenSubscription struct {
 	Cursor   string `json:"cursor,omitempty"`
 	Start    uint64 `json:"start"`    // the first record that it may hear
 	Position uint64 `json:"position"` // the newest one that it has passed
-	Next     uint64 `json:"next"`     // the next to look at: between the two nothing matches
+	Sent     uint64 `json:"sent"`     // the newest one that the guest was given; 0: Position may be
+	Next     uint64 `json:"next"`     // the next to look at: between it and Position nothing matches
 	Acked    uint64 `json:"acked,omitempty"`
 }
 
@@ -118,7 +120,7 @@ func (sub *Subscription) freeze(quiet uint64) FrozenSubscription {
 	}
 	return FrozenSubscription{
 		Name: sub.name, Topic: sub.topic, Cursor: sub.cursor,
-		Start: sub.start.Load(), Position: sub.position.Load(), Next: next, Acked: sub.acked.Load(),
+		Start: sub.start.Load(), Position: sub.position.Load(), Sent: sub.sent.Load(), Next: next, Acked: sub.acked.Load(),
 	}
 }
 
@@ -150,6 +152,9 @@ func (f *Frozen) check(vm string) error {
 	return nil
 }
 
+// sent is Sent, where it is known.
+func (f *FrozenSubscription) sent() uint64 { return cmp.Or(f.Sent, f.Position) }
+
 func (f *FrozenSubscription) check(vm string) error {
 	pattern, err := wire.ParsePattern(f.Topic)
 	owner, owned := pattern.VM()
@@ -162,8 +167,8 @@ func (f *FrozenSubscription) check(vm string) error {
 		return errors.New("its name is none")
 	case f.Cursor != "" && !wire.ValidSubName(f.Cursor):
 		return errors.New("its cursor's name is none")
-	case f.Start == 0 || f.Next < f.Start, f.Position < f.Start-1 || f.Position >= f.Next || f.Acked > f.Position:
-		return fmt.Errorf("its numbers do not fit each other: %d, %d, %d, %d", f.Start, f.Position, f.Next, f.Acked)
+	case f.Start == 0 || f.Next < f.Start, f.Position < f.Start-1 || f.Position >= f.Next, f.Sent > f.Position || f.Acked > f.sent():
+		return fmt.Errorf("its numbers do not fit each other: %d, %d, %d, %d, %d", f.Start, f.Position, f.Next, f.Sent, f.Acked)
 	}
 	return nil
 }
@@ -237,6 +242,7 @@ func (s *Session) thawSubscriptions(frozen []FrozenSubscription) error {
 		sub.behind.Store(f.Next <= s.opts.Log.Committed())
 		sub.start.Store(f.Start)
 		sub.position.Store(f.Position)
+		sub.sent.Store(f.sent())
 		sub.acked.Store(f.Acked)
 		subs = append(subs, sub)
 		if f.Acked > 0 {

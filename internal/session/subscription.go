@@ -39,10 +39,11 @@ type Subscription struct {
 
 	reader *eventlog.Reader // of whoever may read
 
-	// position is the newest record passed; hint the oldest one committed since
-	// that matches, 0 if there is none; behind tells that there may be older
-	// ones still to be looked at.
+	// position is the newest record passed, sent the newest given to the guest or told
+	// as gone; hint the oldest one committed since that matches, 0 if there is none;
+	// behind tells that there may be older ones still to be looked at.
 	position atomic.Uint64
+	sent     atomic.Uint64
 	hint     atomic.Uint64
 	behind   atomic.Bool
 	acked    atomic.Uint64
@@ -107,6 +108,7 @@ func (sub *Subscription) fill(w *courier, out []byte) (_ []byte, more bool, err 
 		case gone:
 			out = wire.AppendGapFrame(out, sub.name, gap.From, gap.To)
 			sub.position.Store(gap.To)
+			sub.sent.Store(gap.To)
 			continue
 		case err != nil:
 			return out, false, fmt.Errorf("reading for subscription %s: %w", sub.name, err)
@@ -116,6 +118,7 @@ func (sub *Subscription) fill(w *courier, out []byte) (_ []byte, more bool, err 
 		}
 		sub.position.Store(rec.Seq)
 		if sub.hears(&rec) {
+			sub.sent.Store(rec.Seq)
 			out = sub.appendDelivery(out, &rec)
 		}
 	}
@@ -291,6 +294,7 @@ func (sub *Subscription) begin(from wire.From) (uint64, error) {
 		if start = log.Oldest(); sub.own() {
 			start, err = log.OldestOf(vm)
 		}
+		start = max(1, start) // there is no segment where none could be made yet
 	case wire.FromSeq:
 		start = max(1, from.N)
 	case wire.FromLast:
@@ -319,6 +323,7 @@ func (sub *Subscription) open(start uint64) error {
 	log := sub.s.opts.Log
 	sub.start.Store(start)
 	sub.position.Store(start - 1)
+	sub.sent.Store(start - 1)
 	// What is committed from here on, it is notified of.
 	sub.behind.Store(start <= log.Committed())
 	sub.reader = log.NewReader(start)
@@ -338,7 +343,7 @@ func (sub *Subscription) open(start uint64) error {
 func (s *Session) acknowledged(m *wire.Message) {
 	name := string(m.Subscription)
 	for _, sub := range s.subscriptions() {
-		if sub.name == name && m.HasSeq && m.Seq >= sub.Started() && m.Seq <= sub.position.Load() && m.Seq > sub.acked.Load() {
+		if sub.name == name && m.HasSeq && m.Seq >= sub.Started() && m.Seq <= sub.sent.Load() && m.Seq > sub.acked.Load() {
 			sub.acked.Store(m.Seq)
 			s.broker.Acknowledged(sub, m.Seq)
 		}

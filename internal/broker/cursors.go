@@ -76,8 +76,7 @@ func openCursors(dir string) (*cursors, error) {
 // new, or lay beyond the log's end, is on disk before it is given.
 func (b *Broker) OpenCursor(sub *session.Subscription, start uint64) (uint64, error) {
 	vm, name := sub.Session().VM(), sub.Cursor()
-	end := b.events.Committed() + 1
-	next, lost, err := b.cursors.open(vm, name, sub.Topic(), start, end)
+	next, lost, err := b.cursors.open(vm, name, sub.Topic(), start, b.events.Committed)
 	if err != nil {
 		b.Unsubscribe(sub)
 		if refusal, ok := errors.AsType[*bus.Error](err); ok && refusal.Code == bus.CodeInternal && b.shares.take(noteLog, vm, b.registered(vm), "", "") {
@@ -93,8 +92,8 @@ func (b *Broker) OpenCursor(sub *session.Subscription, start uint64) (uint64, er
 }
 
 // open gives a cursor's position, making it at start where there is none. One
-// beyond end is set to it, and lost is where it was.
-func (c *cursors) open(vm, name, topic string, start, end uint64) (next, lost uint64, err error) {
+// beyond what is committed is set to the end of that, and lost is where it was.
+func (c *cursors) open(vm, name, topic string, start uint64, committed func() uint64) (next, lost uint64, err error) {
 	v := c.hold(vm)
 	defer v.file.Unlock()
 	if err := c.load(v); err != nil {
@@ -102,6 +101,7 @@ func (c *cursors) open(vm, name, topic string, start, end uint64) (next, lost ui
 	}
 	c.mu.Lock()
 	cur, count := v.all[name], len(v.all)
+	end := committed() + 1 // acks have moved it since, if the file was waited for
 	switch {
 	case cur != nil && cur.Topic != topic: // a cursor's topic never changes
 		err = bus.Errorf(bus.CodeBadFrame, "cursor %s is for topic %s; use another name for %s", name, cur.Topic, topic)
@@ -210,7 +210,9 @@ func parseCursors(data []byte) (map[string]*cursor, error) {
 	for name, cur := range all {
 		if cur == nil || !wire.ValidSubName(name) {
 			delete(all, name)
+			continue
 		}
+		cur.Next = max(1, cur.Next) // somebody has set it back
 	}
 	return all, nil
 }

@@ -5,8 +5,10 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -14,6 +16,9 @@ import (
 	"github.com/castrabus/castra/internal/bubble"
 	"github.com/castrabus/castra/internal/token"
 )
+
+// to99 is a log of so many records.
+func to99() uint64 { return 99 }
 
 // A move after a pause is soon on disk; moves in a row are written once a second.
 func TestCursorsAreWrittenSoon(t *testing.T) {
@@ -23,7 +28,7 @@ func TestCursorsAreWrittenSoon(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, _, err := c.open("g", "c", "t", 1, 100); err != nil {
+		if _, _, err := c.open("g", "c", "t", 1, to99); err != nil {
 			t.Fatal(err)
 		}
 		ctx, cancel := context.WithCancel(t.Context())
@@ -81,7 +86,7 @@ func TestCursorBeyondTheEndIsStoredFirst(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, _, err := c.open("g", "c", "another", 1, 100); err == nil {
+	if _, _, err := c.open("g", "c", "another", 1, to99); err == nil {
 		t.Fatal("a cursor was given for a topic that is not its own")
 	}
 	blocked := filepath.Join(path+".tmp", "in-the-way") // what is written first cannot be made
@@ -89,18 +94,57 @@ func TestCursorBeyondTheEndIsStoredFirst(t *testing.T) {
 		t.Fatal(err)
 	}
 	for range 2 {
-		if next, _, err := c.open("g", "c", "t", 1, 100); err == nil {
+		if next, _, err := c.open("g", "c", "t", 1, to99); err == nil {
 			t.Fatalf("a cursor was given at %d, and could not be stored", next)
 		}
 	}
 	if err := os.RemoveAll(path + ".tmp"); err != nil {
 		t.Fatal(err)
 	}
-	if next, lost, err := c.open("g", "c", "t", 1, 100); err != nil || next != 100 || lost != 900 {
+	if next, lost, err := c.open("g", "c", "t", 1, to99); err != nil || next != 100 || lost != 900 {
 		t.Fatalf("%d, %d, %v; want the end, and where it was", next, lost, err)
 	}
 	if got, err := os.ReadFile(path); err != nil || !strings.Contains(string(got), `"next":100}`) {
 		t.Fatalf("%s, %v; want the end", got, err)
+	}
+}
+
+// A cursor that acks have moved while its file was waited for is not set back to where
+// the log ended before.
+func TestCursorMovedMeanwhile(t *testing.T) {
+	c, err := openCursors(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := c.open("g", "c", "t", 1, to99); err != nil {
+		t.Fatal(err)
+	}
+	var committed atomic.Uint64
+	committed.Store(99)
+	v := c.hold("g")
+	got := make(chan uint64, 1) // one answer
+	go func() {
+		next, _, _ := c.open("g", "c", "t", 1, committed.Load)
+		got <- next
+	}()
+	for range 100 {
+		runtime.Gosched() // so that it waits for the file, or the test sees less
+	}
+	committed.Store(150)
+	c.mu.Lock()
+	v.all["c"].Next = 151
+	c.mu.Unlock()
+	v.file.Unlock()
+	if next := <-got; next != 151 {
+		t.Errorf("it is at %d", next)
+	}
+}
+
+// What somebody has set back to before the first record begins with that.
+func TestCursorSetToZero(t *testing.T) {
+	all, err := parseCursors([]byte(`{"c":{"topic":"t","next":0}}`))
+	if err != nil || all["c"].Next != 1 {
+		t.Errorf("%v, %v", all["c"], err)
 	}
 }
 

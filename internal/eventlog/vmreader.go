@@ -44,7 +44,7 @@ func (l *Log) NewVMReader(vm string, seq uint64) (*Reader, error) {
 	// The VM's stream may begin later than asked for; what is missing there the
 	// host's may still have, or nobody.
 	oldest := st.oldest()
-	if oldest == 0 || oldest > seq && seq >= l.Oldest() {
+	if oldest == 0 || oldest > max(seq, l.Oldest()) {
 		return r, nil
 	}
 	r.vm = &vmReader{vm: vm, cursor: cursor{st: st, next: seq}, until: position, begins: oldest, resets: resets, unsure: !whole}
@@ -103,7 +103,7 @@ func (r *Reader) fromVM(rec *Record) (bool, error) {
 		return false, nil
 	}
 	damaged := v.cursor.damaged
-	if damaged && v.unsure {
+	if damaged && v.unsure && (err != nil || rec.Seq > v.until) {
 		// What is up to until was synced, so this is most likely behind it; should it
 		// not be, the host stream has what is missing, if anybody has.
 		v.cursor.close()

@@ -2,9 +2,11 @@ package eventlog
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -236,5 +238,117 @@ func TestVMReaderBesideLostTail(t *testing.T) {
 	}
 	if err := errors.Join(l.perVM.finish(), l.c.closeFile()); err != nil {
 		t.Error(err)
+	}
+}
+
+// Damage before what is synced is told of after a failed sync, too, and what is behind it
+// is read, though the host stream has nothing of it any more.
+func TestVMReaderDamageBeforeLostTail(t *testing.T) {
+	sick := &sickFS{FS: OS}
+	o := testOptions(t.TempDir())
+	o.FS, o.SegmentSize = sick, 1
+	damage := 0
+	o.OnDamage = func(Damage) { damage++ }
+	l, _, err := open(o) // and nobody copies but the test
+	if err != nil {
+		t.Fatal(err)
+	}
+	commit := func() {
+		if err := errors.Join(commitOf(l, 1), l.perVM.copyNew()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var ends []int64
+	for range 4 {
+		commit()
+		ends = append(ends, l.perVM.known("web1").size)
+	}
+	if err := l.perVM.checkpoint(); err != nil {
+		t.Fatal(err)
+	}
+	commit()
+	sick.sync.Store(new(error(syscall.EIO)))
+	if err := l.perVM.checkpoint(); err == nil {
+		t.Fatal("the checkpoint did not fail")
+	}
+	sick.sync.Store(nil)
+	path := filepath.Join(o.PerVM.Dir, "web1", segmentName(1))
+	data, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	copy(data[ends[0]+20:], "lost")
+	if err := os.WriteFile(path, data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := l.stream.expire(retention{size: 1, before: 4}, time.Now(), false); err != nil || l.Oldest() != 4 {
+		t.Fatalf("the host stream begins at %d, %v", l.Oldest(), err)
+	}
+	r, err := l.NewVMReader("web1", 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	var got []string
+	var rec Record
+	for {
+		ok, err := r.Next(&rec)
+		gap, gone := errors.AsType[*Gap](err)
+		switch {
+		case gone:
+			got = append(got, fmt.Sprintf("gap %d-%d", gap.From, gap.To))
+			continue
+		case err != nil:
+			t.Fatal(err)
+		case ok:
+			got = append(got, fmt.Sprint(rec.Seq))
+			continue
+		}
+		break
+	}
+	if want := []string{"1", "gap 2-2", "3", "4", "5"}; !slices.Equal(got, want) || damage == 0 {
+		t.Errorf("it reads %q, want %q; told of %d damages", got, want, damage)
+	}
+	if err := errors.Join(l.perVM.finish(), l.c.closeFile()); err != nil {
+		t.Error(err)
+	}
+}
+
+// Who asks for what neither stream has any more is given all that the host's still has,
+// not only what the VM's has, which keeps less.
+func TestVMReaderFromHostStream(t *testing.T) {
+	o := testOptions(t.TempDir())
+	o.Retention, o.PerVM.Retention = 1<<20, 128<<10
+	l := mustOpen(t, o)
+	defer mustClose(t, l)
+	for range 100 {
+		publish(t, l, "web1", "t", "", `"`+strings.Repeat("x", 20_000)+`"`)
+	}
+	copied(t, l)
+	waitFor(t, "records expire from the host stream", func() bool {
+		l.perVM.hurry()
+		return l.Oldest() > 1
+	})
+	own, err := l.OldestOf("web1")
+	oldest := l.Oldest()
+	if err != nil || own <= oldest {
+		t.Fatalf("web1's stream begins at %d, the host's at %d, %v", own, oldest, err)
+	}
+	for _, from := range []uint64{1, oldest - 1, oldest, own - 1, own} {
+		r, err := l.NewVMReader("web1", from)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer r.Close()
+		var rec Record
+		if from < oldest {
+			var gap *Gap
+			if _, err := r.Next(&rec); !errors.As(err, &gap) || *gap != (Gap{From: from, To: oldest - 1}) {
+				t.Errorf("from %d: %v, and the host stream begins at %d", from, err, oldest)
+			}
+		}
+		if ok, err := r.Next(&rec); !ok || err != nil || rec.Seq != max(from, oldest) {
+			t.Errorf("from %d: record %d, %v, %v", from, rec.Seq, ok, err)
+		}
 	}
 }

@@ -6,8 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -54,6 +56,8 @@ type recorder struct {
 	mu      sync.Mutex
 	due     map[string]struct{}
 	free    map[string]struct{} // due, the next time: empty, and has grown already
+	failing map[string]struct{} // those whose files could not be written
+	tried   time.Time           // when the last of those was
 	list    bool                // the list of who was announced is due
 	dropped int
 
@@ -71,6 +75,7 @@ func openRecorder(dir string, table *presence.Table, log *logrus.Logger) (*recor
 		dir: dir, vms: newVMFiles(dir), table: table, log: log,
 		events: make(chan event, eventQueue), wake: make(chan struct{}, 1),
 		due: make(map[string]struct{}), free: make(map[string]struct{}),
+		failing: make(map[string]struct{}),
 	}, nil
 }
 
@@ -191,9 +196,23 @@ func (r *recorder) note(err error) {
 // refresh makes the files due that have fallen behind. Call it every second or so.
 func (r *recorder) refresh() {
 	r.handshake(r.table.Unrecorded(handshakePeriod)...)
+	r.handshake(r.again()...)
 	if r.words.behind() {
 		r.listDue()
 	}
+}
+
+// again gives the VMs whose files could not be written a period ago: of one that is gone
+// nothing else would make its file due, and that would go on telling of a session.
+func (r *recorder) again() []string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if len(r.failing) == 0 || time.Since(r.tried) < handshakePeriod {
+		return nil
+	}
+	names := slices.Collect(maps.Keys(r.failing))
+	clear(r.failing)
+	return names
 }
 
 func (r *recorder) writeDue() {
@@ -206,11 +225,18 @@ func (r *recorder) writeDue() {
 	}
 	if len(due) > 0 {
 		r.writeVMs(due)
+	}
+	r.mu.Lock()
+	if len(due) > 0 {
+		r.tried = time.Now()
+		maps.Copy(r.failing, due)
 		clear(due)
 	}
+	r.mu.Unlock()
 	r.free = due
 }
 
+// writeVMs writes the VMs' files and takes those that it has written off due.
 func (r *recorder) writeVMs(due map[string]struct{}) {
 	files, err := r.vms.files.Open()
 	if err != nil {
@@ -221,12 +247,16 @@ func (r *recorder) writeVMs(due map[string]struct{}) {
 		if r.past != nil {
 			r.past.take(name)
 		}
+		var err error
 		last, ok := r.table.Record(name)
 		switch {
 		case !ok: // forgotten: names that come once must not leave files for ever
-			r.note(files.Remove(vmFile(name)))
+			err = files.Remove(vmFile(name))
 		case !last.Handshake.IsZero():
-			r.note(r.vms.write(files, name, &last))
+			err = r.vms.write(files, name, &last)
+		}
+		if r.note(err); err == nil {
+			delete(due, name)
 		}
 	}
 	r.note(files.Close())

@@ -265,7 +265,9 @@ func (d *daemon) noteOverridden(passed []net.Listener) {
 // open opens what is on disk. unlock lets another castrad have it.
 func (d *daemon) open() (unlock func(), err error) {
 	s := d.cfg.Store
-	for _, dir := range []string{s.StateDir, s.LogDir} {
+	// Where both are one it must not find itself at work there.
+	dirs := slices.Compact([]string{filepath.Clean(s.StateDir), filepath.Clean(s.LogDir)})
+	for _, dir := range dirs {
 		if err := os.MkdirAll(dir, 0o750); err != nil {
 			return nil, fmt.Errorf("creating castrad's directories: %w", err)
 		}
@@ -277,7 +279,7 @@ func (d *daemon) open() (unlock func(), err error) {
 			_ = f.Close()
 		}
 	}
-	for _, dir := range []string{s.StateDir, s.LogDir} {
+	for _, dir := range dirs {
 		f, err := lock(dir)
 		if err != nil {
 			unlock()

@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
+	"slices"
 )
 
 // checkpoint makes what was copied durable, and then the position.
@@ -27,17 +29,18 @@ func (p *perVM) checkpoint() error {
 
 // syncAll makes everything durable that was copied.
 func (p *perVM) syncAll() error {
-	for _, vm := range p.unsynced {
+	vms := slices.Sorted(maps.Keys(p.unsynced)) // the first that fails is the same each time, see passOver
+	for _, vm := range vms {
 		if s := p.known(vm); s != nil && s.f != nil {
 			if removed, err := s.f.Removed(); err == nil && removed {
 				return s.streamFault("syncing", errRemoved)
 			}
 		}
 	}
-	if len(p.unsynced) >= p.opts.together && p.streamTree != nil && p.idTree != nil {
+	if len(vms) >= p.opts.together && p.streamTree != nil && p.idTree != nil {
 		return p.syncTrees()
 	}
-	for _, vm := range p.unsynced { // by name: what was known of its files may have been forgotten
+	for _, vm := range vms { // by name: what was known of its files may have been forgotten
 		s, err := p.stream([]byte(vm))
 		if err != nil {
 			return err
@@ -46,7 +49,7 @@ func (p *perVM) syncAll() error {
 			return err
 		}
 	}
-	p.allSynced()
+	clear(p.unsynced)
 	if p.newDirs {
 		if err := p.log.opts.FS.SyncDir(p.opts.Dir); err != nil {
 			return err
@@ -70,24 +73,14 @@ func (p *perVM) syncTrees() error {
 	if err := p.idTree.Sync(); err != nil {
 		return fmt.Errorf("syncing the VMs' ids: %w", err)
 	}
-	for _, vm := range p.unsynced {
+	for vm := range p.unsynced {
 		if s := p.known(vm); s != nil {
 			s.st.unsynced = false
 		}
 	}
-	p.allSynced()
+	clear(p.unsynced)
 	p.newDirs, p.newIDs = false, false
 	return nil
-}
-
-// allSynced notes that no file was written since it was synced.
-func (p *perVM) allSynced() {
-	for _, vm := range p.unsynced {
-		if s := p.known(vm); s != nil {
-			s.unsynced = false
-		}
-	}
-	p.unsynced = p.unsynced[:0]
 }
 
 type savedPosition struct {

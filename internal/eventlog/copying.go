@@ -182,20 +182,15 @@ func (p *perVM) flush() error {
 	return nil
 }
 
-// written puts s on the list of those that the next checkpoint syncs.
-func (p *perVM) written(s *vmStream) {
-	if !s.unsynced {
-		s.unsynced = true
-		p.unsynced = append(p.unsynced, s.vm)
-	}
-}
+// written has the next checkpoint sync s.
+func (p *perVM) written(s *vmStream) { p.unsynced[s.vm] = true }
 
 // forget drops what is buffered and known of the files, after an error.
 func (p *perVM) forget() {
 	p.quiet = time.Now()
 	if p.lost {
 		p.lost = false
-		p.unsynced = nil
+		clear(p.unsynced)
 		p.position.Store(p.synced)
 	}
 	p.open.closeAll()

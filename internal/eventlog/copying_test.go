@@ -9,7 +9,13 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
+	"syscall"
 	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/castrabus/castra/internal/bubble"
 )
 
 // Whatever mix of senders, topics and ids a commit has, each VM's stream has just the
@@ -135,5 +141,70 @@ func TestRunLimit(t *testing.T) {
 		if string(lines) != tt.want || n != strings.Count(tt.want, "\n") {
 			t.Errorf("run(%d, %d) = %q, %d; want %q", tt.i, tt.limit, lines, n, tt.want)
 		}
+	}
+}
+
+// A copy that has failed is tried again at the retry interval, however much is committed
+// meanwhile; what else the goroutine does goes on, and what it notes does not grow.
+func TestFailedCopy(t *testing.T) { bubble.Test(t, testFailedCopy) }
+
+func testFailedCopy(t *testing.T) {
+	disk := newSimDisk(rand.New(rand.NewPCG(1, 1)))
+	o := testOptions("/log")
+	o.FS = &sharedFS{FS: disk}
+	var sick atomic.Bool
+	tries := 0
+	disk.fault = func(op, path string) error {
+		if op == "write" && sick.Load() && filepath.Dir(path) == filepath.Join(o.PerVM.Dir, "web1") {
+			tries++
+			return syscall.EIO
+		}
+		return nil
+	}
+	l := mustOpen(t, o)
+	publish(t, l, "web3", "t", "", "1")
+	time.Sleep(time.Second)
+	sick.Store(true)
+	// web2's is written each time before web1's fails, and cut off again.
+	b := &Batch{Entries: []Entry{
+		{VM: "web2", Topic: []byte("t"), Payload: []byte("1")}, {VM: "web1", Topic: []byte("t"), Payload: []byte("1")},
+	}}
+	if err := l.Append(t.Context(), b); err != nil {
+		t.Fatal(err)
+	}
+	resets := l.perVM.resets.Load()
+	const seconds = 5
+	for range seconds * 100 {
+		publish(t, l, "web1", "t", "", "1")
+		time.Sleep(retryInterval / 100)
+	}
+	synctest.Wait()
+	if resets = l.perVM.resets.Load() - resets; tries < seconds || tries > seconds+1 || resets != uint64(tries) {
+		t.Errorf("in %d s there are %d tries, and %d times all is forgotten", seconds, tries, resets)
+	}
+	if n := len(l.perVM.unsynced); n > 3 {
+		t.Errorf("3 VMs' files were written, and %d are to be synced", n)
+	}
+	began := time.Now()
+	if err := l.ForgetVM(t.Context(), "web3"); err != nil || time.Since(began) > 0 {
+		t.Errorf("forgetting another VM: %v, after %v", err, time.Since(began))
+	}
+	sick.Store(false)
+	time.Sleep(2 * retryInterval)
+	if position := l.perVM.position.Load(); position != l.Committed() {
+		t.Errorf("%d of %d are copied", position, l.Committed())
+	}
+	publish(t, l, "web1", "t", "", "1")
+	time.Sleep(2 * gatherTime)
+	if position := l.perVM.position.Load(); position != l.Committed() {
+		t.Errorf("%d of %d are copied", position, l.Committed())
+	}
+	sick.Store(true)
+	publish(t, l, "web1", "t", "", "1")
+	time.Sleep(retryInterval / 2)
+	sick.Store(false)
+	began = time.Now()
+	if mustClose(t, l); time.Since(began) > 0 {
+		t.Errorf("it closes after %v", time.Since(began))
 	}
 }

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io/fs"
 	"path/filepath"
-	"slices"
 	"strings"
 	"time"
 )
@@ -98,7 +97,7 @@ func (p *perVM) forgetVM(vm string) error {
 	p.mu.Lock()
 	delete(p.streams, vm)
 	p.mu.Unlock()
-	p.unsynced = slices.DeleteFunc(p.unsynced, func(other string) bool { return other == vm })
+	delete(p.unsynced, vm)
 	p.newDirs, p.newIDs = true, true // the next checkpoint makes the removals durable
 	fsys := p.log.opts.FS
 	if err := s.st.clear(); err != nil {

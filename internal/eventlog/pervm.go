@@ -88,13 +88,13 @@ type perVM struct {
 	open     openFiles
 	filled   []*vmStream // with something in their buffers
 	buffered int
-	since    int64    // bytes copied since the last checkpoint
-	unsynced []string // VMs whose files were written since the last checkpoint; one may be there twice
-	newDirs  bool     // there are VMs' directories whose names are not synced
-	newIDs   bool     // the same of files of ids
-	doubted  bool     // the files may hold what the host stream has lost
-	synced   uint64   // records up to here are durably in the files; may be beyond saved
-	lost     bool     // a sync has failed since then
+	since    int64           // bytes copied since the last checkpoint
+	unsynced map[string]bool // VMs whose files were written since the last checkpoint
+	newDirs  bool            // there are VMs' directories whose names are not synced
+	newIDs   bool            // the same of files of ids
+	doubted  bool            // the files may hold what the host stream has lost
+	synced   uint64          // records up to here are durably in the files; may be beyond saved
+	lost     bool            // a sync has failed since then
 	failed   bool
 
 	bad      string // what of one VM's has kept the copies of all back; "": nothing has
@@ -117,7 +117,8 @@ func openPerVM(l *Log, opts PerVMOptions) (_ *perVM, err error) {
 		log: l, opts: opts,
 		wake: make(chan struct{}, 1), quit: make(chan struct{}), done: make(chan struct{}),
 		forgettings: make(chan forgetting),
-		streams:     make(map[string]*vmStream), quiet: l.startedAt, passed: make(map[string]bool),
+		streams:     make(map[string]*vmStream), unsynced: make(map[string]bool),
+		quiet: l.startedAt, passed: make(map[string]bool),
 	}
 	p.ids = newIDIndex(l.opts.FS, opts.IDDir, l.opts.StallAfter, p.filesHold)
 	p.ids.aside, p.ids.resets = opts.OnAside, p.resets.Load
@@ -276,13 +277,17 @@ func (p *perVM) run() {
 	}
 	wake := p.wake // nil while gathering: nobody is to be woken meanwhile
 	for {
+		gathered := gather.C
+		if p.failed { // a try looks at the files anew, and commits are not to hasten it
+			gathered = nil
+		}
 		select {
 		case <-wake:
 			wake = nil
 			gather.Reset(gatherTime)
 			p.notify() // nothing of it is copied yet
 			continue
-		case <-gather.C:
+		case <-gathered:
 			select {
 			case <-p.wake:
 			default:

@@ -30,7 +30,6 @@ type vmStream struct {
 	buf      []byte // lines still to be written
 	bufFirst uint64
 	listed   bool // in perVM.filled
-	unsynced bool // its name is in perVM.unsynced
 
 	ids    []byte // entries still to be written
 	idSize int64

@@ -12,6 +12,7 @@ import (
 
 // checkpoint makes what was copied durable, and then the position.
 func (p *perVM) checkpoint() error {
+	p.unsaved = true
 	if err := p.syncAll(); err != nil {
 		p.lost = true // what was written since the last one may be, whatever the page cache shows
 		p.forget()
@@ -22,7 +23,7 @@ func (p *perVM) checkpoint() error {
 		return fmt.Errorf("saving how far the VMs' streams are: %w", err)
 	}
 	p.saved.Store(p.synced)
-	p.since = 0
+	p.since, p.unsaved = 0, false
 	p.log.lookAround()
 	return nil
 }

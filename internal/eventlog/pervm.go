@@ -27,7 +27,8 @@ type PerVMOptions struct {
 	// OnOversize is called when the oldest records of a VM's stream went because it had
 	// too many bytes. It must not wait. It may be nil.
 	OnOversize func(vm string)
-	// OnError is called when copying fails and when it goes on (nil).
+	// OnError is called when copying, or a checkpoint of it, fails and when both go well
+	// again (nil).
 	OnError func(error)
 	// OnAside is called when something was renamed because a file belongs in its place,
 	// and it is none, or a directory, or because it could not be used for long.
@@ -95,7 +96,8 @@ type perVM struct {
 	doubted  bool            // the files may hold what the host stream has lost
 	synced   uint64          // records up to here are durably in the files; may be beyond saved
 	lost     bool            // a sync has failed since then
-	failed   bool
+	unsaved  bool            // the last checkpoint has failed
+	failed   bool            // it has, or copying
 
 	bad      string // what of one VM's has kept the copies of all back; "": nothing has
 	badSince time.Time
@@ -297,8 +299,8 @@ func (p *perVM) run() {
 		case <-retry.C:
 		case <-checkpoint.C:
 			armed = false
-			if err := p.checkpoint(); err != nil { // that it went well does not say that copying does
-				p.note(err, retry)
+			if !p.unsaved { // else the next try makes one, when all that was lost is copied again
+				p.save(retry)
 			}
 			continue
 		case <-sweep.C:
@@ -316,17 +318,31 @@ func (p *perVM) run() {
 		if wake == nil { // who commits has nobody to wake while there is something each time
 			gather.Reset(gatherTime)
 		}
-		if p.note(err, retry); err != nil {
+		if err != nil {
+			p.note(err, retry)
 			continue // a position saved before a start is done would be taken at its word
 		}
-		if p.since > checkpointBytes || p.wanted.Swap(false) {
-			p.note(p.checkpoint(), retry)
+		if (p.wanted.Swap(false) || p.unsaved || p.since > checkpointBytes) && !p.save(retry) {
+			continue
 		}
+		p.note(nil, retry)
 		if p.since > 0 && !armed {
 			checkpoint.Reset(checkpointInterval)
 			armed = true
 		}
 	}
+}
+
+// save makes a checkpoint and tells whether it went well, which does not say that copying
+// does. What one that failed has lost is copied again at once, since no ids can be read
+// before; but behind note, so that what begins anew in place of files set aside has it.
+func (p *perVM) save(retry *time.Timer) bool {
+	err := p.checkpoint()
+	if err != nil {
+		p.note(err, retry)
+		_ = p.copyNew() // the next try tells
+	}
+	return err == nil
 }
 
 // note reports a change between working and failing and arranges another try.

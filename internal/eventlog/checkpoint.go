@@ -90,9 +90,17 @@ type savedPosition struct {
 	Lazy bool `json:"lazy,omitempty"`
 }
 
-func (p *perVM) loadPosition() (savedPosition, error) {
+// durable gives up to where the host stream was durable for sure; 0: nobody knows.
+func (s savedPosition) durable() uint64 {
+	if s.Lazy {
+		return 0
+	}
+	return s.Seq
+}
+
+func (o *PerVMOptions) loadPosition(fsys FS) (savedPosition, error) {
 	var none savedPosition
-	f, err := openOwn(p.log.opts.FS, p.opts.PositionFile, os.O_RDONLY, p.opts.OnAside)
+	f, err := openOwn(fsys, o.PositionFile, os.O_RDONLY, o.OnAside)
 	if errors.Is(err, fs.ErrNotExist) {
 		return none, nil
 	}

@@ -1,10 +1,14 @@
 package eventlog
 
 import (
+	"bytes"
 	"errors"
+	"fmt"
+	"math"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -119,4 +123,87 @@ func readAround(t *testing.T, l *Log, from, to uint64) (gone Gap) {
 		}
 	}
 	return gone
+}
+
+// A bit flipped in the last write before castrad was stopped, behind which no mark says that
+// it was durable, is damage as anywhere else: it stays, is told of and verified as such, and
+// no number is given a second time.
+func TestFlippedBitAtTheEnd(t *testing.T) {
+	const n = 5
+	o := testOptions(t.TempDir())
+	l := mustOpen(t, o)
+	for i := range n {
+		publish(t, l, "web1", "t", fmt.Sprint(i), "1")
+	}
+	mustClose(t, l)
+	path := filepath.Join(o.Dir, segmentName(1))
+	whole, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	position, err := os.ReadFile(o.PerVM.PositionFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	next := filepath.Join(o.Dir, segmentName(n+1))
+	for at := bytes.LastIndexByte(whole[:len(whole)-1], '\n') + 1; at < len(whole); at++ {
+		bad := bytes.Clone(whole)
+		bad[at] ^= 1 << (at % 8)
+		if err := errors.Join(os.WriteFile(path, bad, 0o600), os.RemoveAll(next), os.WriteFile(o.PerVM.PositionFile, position, 0o600)); err != nil {
+			t.Fatal(err)
+		}
+		l, rec, err := Open(o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if rec.Last != n || len(rec.Damaged) != 1 || rec.Damaged[0].File != path || rec.Cut != nil {
+			t.Fatalf("byte %d: %+v", at, rec)
+		}
+		for _, more := range []uint64{0, 1} {
+			if more == 1 {
+				if seq := publish(t, l, "web2", "t", "", "1"); seq != n+1 {
+					t.Fatalf("byte %d: the next is record %d", at, seq)
+				}
+			}
+			r := l.NewReader(n - 1)
+			got := readWithGaps(t, r)
+			r.Close()
+			if want := []string{"4", "gap 5-5", "6"}[:2+more]; !slices.Equal(got, want) {
+				t.Fatalf("byte %d: it reads %q, want %q", at, got, want)
+			}
+		}
+		mustClose(t, l)
+		found := false
+		if _, err := Verify(VerifyOptions{Dir: o.Dir, FS: OS, Sender: "host", Owner: o.PerVM.Owner}, func(f Finding) {
+			found = found || f.Damage && f.File == path
+		}); err != nil || !found {
+			t.Fatalf("byte %d: not found by Verify (%v)", at, err)
+		}
+		if now, err := os.ReadFile(path); err != nil || !bytes.Equal(now, bad) {
+			t.Fatalf("byte %d: the segment was changed, %v", at, err)
+		}
+	}
+}
+
+// A position that the tail cannot have come to is another log's, or damaged itself, and says
+// nothing of it.
+func TestPositionOfAnotherLog(t *testing.T) {
+	for known, last := range map[uint64]uint64{0: 2, 2: 2, 3: 3, 4: 4, 1_000: 2, math.MaxUint64: 2} {
+		data := append(seedRecord(1, 0), seedRecord(2, 1)...)
+		whole := len(data)
+		data = append(data, seedRecord(3, 2)[:minLine+20]...) // and a fourth, perhaps, of which nothing is left
+		path := filepath.Join(t.TempDir(), "segment")
+		if err := os.WriteFile(path, data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		f, err := OS.OpenFile(path, os.O_RDONLY, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := scanTail(f, int64(len(data)), 1, known)
+		if sealed := last > 2; err != nil || got.last != last || got.sealed != sealed || !sealed && got.end != int64(whole) {
+			t.Errorf("with %d known: %+v, %v", known, got, err)
+		}
+		_ = f.Close()
+	}
 }

@@ -62,7 +62,7 @@ func FuzzScanTail(f *testing.F) {
 			t.Fatal(err)
 		}
 		defer file.Close()
-		got, err := scanTail(file, int64(len(data)), 1)
+		got, err := scanTail(file, int64(len(data)), 1, 0)
 		if err != nil || got.end < 0 || got.end > int64(len(data)) || got.end > 0 && data[got.end-1] != '\n' {
 			t.Fatalf("%+v, %v of %d bytes", got, err, len(data))
 		}
@@ -71,7 +71,7 @@ func FuzzScanTail(f *testing.F) {
 				t.Errorf("damage at %d, and the end is %d", off, got.end)
 			}
 		}
-		again, err := scanTail(file, got.end, 1)
+		again, err := scanTail(file, got.end, 1, 0)
 		if err != nil || again.end != got.end || again.last != got.last {
 			t.Errorf("%+v, and of what was kept %+v, %v", got, again, err)
 		}
@@ -177,12 +177,12 @@ func FuzzPosition(f *testing.F) {
 		f.Add([]byte(text))
 	}
 	path := filepath.Join(f.TempDir(), "position")
-	p := &perVM{log: &Log{opts: Options{FS: OS}}, opts: PerVMOptions{PositionFile: path}}
+	o := &PerVMOptions{PositionFile: path}
 	f.Fuzz(func(t *testing.T, data []byte) {
 		if err := os.WriteFile(path, data, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		pos, err := p.loadPosition()
+		pos, err := o.loadPosition(OS)
 		if err != nil || !json.Valid(data) && pos != (savedPosition{}) && len(data) <= 64 {
 			t.Errorf("%q is %+v, %v", data, pos, err)
 		}

@@ -215,13 +215,20 @@ func open(opts Options) (*Log, *Recovery, error) {
 	l.gate.Store(&stallGate{stalled: make(chan struct{})})
 	l.stall = time.AfterFunc(time.Hour, l.stalled)
 	l.stall.Stop()
-	rec, err := l.recover()
+	var saved savedPosition
+	if opts.PerVM != nil {
+		var err error
+		if saved, err = opts.PerVM.loadPosition(opts.FS); err != nil {
+			return nil, nil, fmt.Errorf("opening the VMs' streams: %w", err)
+		}
+	}
+	rec, err := l.recover(saved.durable())
 	if err != nil {
 		l.c.journal.close()
 		return nil, nil, fmt.Errorf("opening the event log in %s: %w", opts.Dir, err)
 	}
 	if opts.PerVM != nil {
-		if l.perVM, err = openPerVM(l, *opts.PerVM); err != nil {
+		if l.perVM, err = openPerVM(l, *opts.PerVM, saved); err != nil {
 			l.c.journal.close()
 			return nil, nil, fmt.Errorf("opening the VMs' streams: %w", errors.Join(err, l.c.closeFile()))
 		}

@@ -85,6 +85,27 @@ func readFirst(t testing.TB, l *Log, vm string) (*Reader, Record) {
 	return r, rec
 }
 
+// readWithGaps reads to the end: numbers, and gaps as "gap FROM-TO".
+func readWithGaps(t testing.TB, r *Reader) []string {
+	t.Helper()
+	var got []string
+	for {
+		var rec Record
+		ok, err := r.Next(&rec)
+		gap, gone := errors.AsType[*Gap](err)
+		switch {
+		case gone:
+			got = append(got, fmt.Sprintf("gap %d-%d", gap.From, gap.To))
+		case err != nil:
+			t.Fatal(err)
+		case !ok:
+			return got
+		default:
+			got = append(got, fmt.Sprint(rec.Seq))
+		}
+	}
+}
+
 // readAll reads what is committed from seq on; gaps fail the test.
 func readAll(t testing.TB, r *Reader) []string {
 	t.Helper()

@@ -111,7 +111,7 @@ type perVM struct {
 	quiet   time.Time // streams not known have not been written to since
 }
 
-func openPerVM(l *Log, opts PerVMOptions) (_ *perVM, err error) {
+func openPerVM(l *Log, opts PerVMOptions, saved savedPosition) (_ *perVM, err error) {
 	if opts.together == 0 {
 		opts.together = syncTogether
 	}
@@ -142,10 +142,6 @@ func openPerVM(l *Log, opts PerVMOptions) (_ *perVM, err error) {
 		return nil, err
 	}
 	if p.idTree, err = l.opts.FS.OpenTree(opts.IDDir); err != nil {
-		return nil, err
-	}
-	saved, err := p.loadPosition()
-	if err != nil {
 		return nil, err
 	}
 	// Where the position file is lost, what the host stream no longer has must

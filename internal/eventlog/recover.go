@@ -31,8 +31,9 @@ type Cut struct {
 }
 
 // recover lists the segments and makes the newest one ready to be appended to.
-// Only that one is read, so the time it takes does not grow with the log.
-func (l *Log) recover() (*Recovery, error) {
+// Only that one is read, so the time it takes does not grow with the log. Up to known
+// all was durable.
+func (l *Log) recover(known uint64) (*Recovery, error) {
 	if err := l.stream.load(); err != nil {
 		return nil, err
 	}
@@ -61,7 +62,7 @@ func (l *Log) recover() (*Recovery, error) {
 	sure, err := l.redo(f, &seg, found, rec)
 	var t tail
 	if err == nil {
-		t, err = scanTail(f, seg.size, seg.first)
+		t, err = scanTail(f, seg.size, seg.first, known)
 	}
 	var late error // what has to be done before a record is taken
 	if err == nil {
@@ -106,6 +107,15 @@ func (l *Log) recover() (*Recovery, error) {
 		_ = l.fail(late)
 		return rec, f.Close()
 	}
+	if t.sealed {
+		switch err := errors.Join(f.Close(), l.openNext()); {
+		case isFull(err):
+			_ = l.fail(err)
+		case err != nil:
+			return nil, err
+		}
+		return rec, nil
+	}
 	l.c.file, l.c.reserved, l.c.begun = f, t.end, t.end
 	return rec, nil
 }
@@ -136,19 +146,23 @@ func (l *Log) settle() error {
 	return nil
 }
 
+// minLine is less than any record takes, in bytes.
+const minLine = 64
+
 // tail is what scanTail found.
 type tail struct {
 	last    uint64  // the newest record to keep
 	end     int64   // where it ends
 	sure    int64   // a mark says that what is before this is durable
 	damaged []int64 // offsets of lines before it that are no records
+	sealed  bool    // the end is damaged, and nothing may be appended to it
 }
 
 // scanTail reads the newest segment, whose first number is first, from its
 // beginning. A line that is no record is damage if a later record's mark says
-// that the missing number was durable; otherwise it begins the unfinished tail,
-// with all that is behind it.
-func scanTail(f File, size int64, first uint64) (tail, error) {
+// that the missing number was durable, or it is at most known, up to which all was;
+// otherwise it begins the unfinished tail, with all that is behind it.
+func scanTail(f File, size int64, first, known uint64) (tail, error) {
 	t := tail{last: first - 1}
 	// The first place in doubt, and what to go back to if no mark clears it.
 	doubt := struct {
@@ -178,7 +192,14 @@ func scanTail(f File, size int64, first uint64) (tail, error) {
 		}
 		t.last, t.end = rec.Seq, off+int64(len(line))+1
 	})
-	if doubt.at >= 0 {
+	switch {
+	case doubt.at < 0:
+	case doubt.back.last < known && known-doubt.back.last <= uint64(size-doubt.at)/minLine+1:
+		// No number is given twice. But what is known may be of another log than this, which
+		// was restored, or be wrong itself: then it is more than can have stood here.
+		t.damaged = append(t.damaged, doubt.at)
+		t.last, t.end, t.sealed = max(t.last, known), size, true
+	default:
 		t = doubt.back
 	}
 	return t, err

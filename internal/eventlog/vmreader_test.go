@@ -2,7 +2,6 @@ package eventlog
 
 import (
 	"errors"
-	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -292,23 +291,7 @@ func TestVMReaderDamageBeforeLostTail(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer r.Close()
-	var got []string
-	var rec Record
-	for {
-		ok, err := r.Next(&rec)
-		gap, gone := errors.AsType[*Gap](err)
-		switch {
-		case gone:
-			got = append(got, fmt.Sprintf("gap %d-%d", gap.From, gap.To))
-			continue
-		case err != nil:
-			t.Fatal(err)
-		case ok:
-			got = append(got, fmt.Sprint(rec.Seq))
-			continue
-		}
-		break
-	}
+	got := readWithGaps(t, r)
 	if want := []string{"1", "gap 2-2", "3", "4", "5"}; !slices.Equal(got, want) || damage == 0 {
 		t.Errorf("it reads %q, want %q; told of %d damages", got, want, damage)
 	}

@@ -100,7 +100,8 @@ const (
 	bytesCost = 1 << 10
 	// restReads is how many reads of one frame are counted together.
 	restReads = 256
-	// restStep is how soon a session that rests notices that it has ended.
+	// restStep is how soon a session that rests, or waits for who delivers, notices that
+	// it has ended.
 	restStep = 50 * time.Millisecond
 )
 
@@ -127,6 +128,7 @@ func (s *Session) burst(c *courier, ws **workspace, data []byte) (left []byte, e
 	if len(data) > maxBeat {
 		c.leave()
 	}
+	s.gaveUp = false
 	for heard := false; ; heard = true {
 		frame, rest, err := wire.NextFrame(data)
 		if err == nil && frame == nil {

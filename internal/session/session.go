@@ -193,6 +193,7 @@ type Session struct {
 	ended      atomic.Pointer[End]
 	done       func()                // called once, when all of it has ended
 	spent      int                   // frames of the burst that is being read
+	gaveUp     bool                  // one of them has waited in vain for who delivers
 	noted      atomic.Pointer[notes] // what was recorded last of the limits that it runs into; nil: none so far
 
 	// Of whoever reads: when frames came last, until when reading waits before it is

@@ -209,15 +209,28 @@ func (s *Session) change(r request) error {
 
 // takeReading takes the right to read. It gives false where who delivers has it and
 // waits for a disk: the session's other frames, heartbeats among them, would wait, too.
+// Where one frame of a burst has waited in vain, those behind it do not wait: a guest that
+// is back sends all its subscriptions at once.
 func (s *Session) takeReading() bool {
-	for {
+	select {
+	case s.reading <- struct{}{}:
+		return true
+	default:
+	}
+	for left := searchTime; ; left -= restStep {
+		switch {
+		case s.ended.Load() != nil && !s.isHandingOver(): // one that goes on elsewhere has its answer kept
+			return false
+		case s.stuck.Load() > 0:
+			left = searchTime // it is the guest that is waited for, to read
+		case s.gaveUp || left <= 0:
+			s.gaveUp = true
+			return false
+		}
 		select {
 		case s.reading <- struct{}{}:
 			return true
-		case <-time.After(searchTime):
-			if s.stuck.Load() == 0 { // else it is the guest that is waited for, to read
-				return false
-			}
+		case <-time.After(restStep):
 		}
 	}
 }

@@ -40,7 +40,7 @@ func (b *Broker) Tail(ctx context.Context, req bus.TailRequest, w io.Writer) err
 	// What is committed from here on wakes the tail, so nothing falls between
 	// the replay and what follows it.
 	newest := b.events.Committed()
-	start, err := t.begin(req, newest)
+	start, err := t.begin(ctx, req, newest)
 	if err != nil {
 		return bus.Errorf(bus.CodeInternal, "%v", err)
 	}
@@ -126,8 +126,12 @@ func (t *tail) flush(r *eventlog.Reader) error {
 }
 
 // begin gives the first record to look at.
-func (t *tail) begin(req bus.TailRequest, newest uint64) (uint64, error) {
+func (t *tail) begin(ctx context.Context, req bus.TailRequest, newest uint64) (uint64, error) {
 	vm := streamOf(req)
+	// For counting backwards: within the time limit, and for as long as somebody waits.
+	shown := func(rec *eventlog.Record) (bool, error) {
+		return (t.until == "" || string(rec.Time) <= t.until) && t.match(rec), ctx.Err()
+	}
 	switch {
 	case req.From > 0:
 		return req.From, nil
@@ -143,15 +147,10 @@ func (t *tail) begin(req bus.TailRequest, newest uint64) (uint64, error) {
 	case req.Lines == 0:
 		return newest + 1, nil
 	case vm != "":
-		return t.log.LastMatchingOf(vm, req.Lines, t.shown)
+		return t.log.LastMatchingOf(vm, req.Lines, shown)
 	default:
-		return t.log.LastMatching(req.Lines, t.shown)
+		return t.log.LastMatching(req.Lines, shown)
 	}
-}
-
-// shown is match within the time limit, for counting backwards.
-func (t *tail) shown(rec *eventlog.Record) bool {
-	return (t.until == "" || string(rec.Time) <= t.until) && t.match(rec)
 }
 
 // tailFilter gives what a tail shows.

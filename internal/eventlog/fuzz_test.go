@@ -130,7 +130,7 @@ func FuzzSegment(f *testing.F) {
 	if err := os.WriteFile(filepath.Join(dir, segmentName(behind)), seedRecord(behind, behind-1), 0o600); err != nil {
 		f.Fatal(err)
 	}
-	all := func(*Record) bool { return true }
+	all := func(*Record) (bool, error) { return true, nil }
 	owner := testOptions(dir).PerVM.Owner
 	f.Fuzz(func(t *testing.T, data []byte) {
 		if err := os.WriteFile(filepath.Join(dir, segmentName(1)), data, 0o600); err != nil {

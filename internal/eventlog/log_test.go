@@ -161,7 +161,7 @@ func TestReadersFromMemoryAndDisk(t *testing.T) {
 		}
 	}
 	for n, want := range map[uint64]uint64{1: 501, 2: 500, 100: 402, 501: 1, 600: 1} {
-		got, err := l.LastMatching(n, func(*Record) bool { return true })
+		got, err := l.LastMatching(n, func(*Record) (bool, error) { return true, nil })
 		if err != nil || got != want {
 			t.Errorf("last %d begin at %d, %v; want %d", n, got, err, want)
 		}
@@ -245,7 +245,7 @@ func TestPerVMStreams(t *testing.T) {
 	if got := readAll(t, r); len(got) != 150 {
 		t.Errorf("%d records read from web1's stream, want 150", len(got))
 	}
-	seq, err := l.LastMatchingOf("web1", 3, func(r *Record) bool { return string(r.Topic) == "vm:web1" })
+	seq, err := l.LastMatchingOf("web1", 3, func(r *Record) (bool, error) { return string(r.Topic) == "vm:web1", nil })
 	if err != nil || seq != 238 {
 		t.Errorf("the last 3 of vm:web1 begin at %d, %v; want 238", seq, err)
 	}

@@ -233,9 +233,9 @@ func (l *Log) FirstSince(t time.Time) (uint64, error) {
 
 // LastMatching gives the number of the n-th newest committed record that match
 // accepts, the oldest accepted if there are fewer, and the next number to be
-// given if there are none. It reads backwards for as long as it takes. A record is valid
-// until match returns.
-func (l *Log) LastMatching(n uint64, match func(*Record) bool) (uint64, error) {
+// given if there are none. It reads backwards for as long as it takes, or until match gives
+// an error. A record is valid until match returns.
+func (l *Log) LastMatching(n uint64, match func(*Record) (bool, error)) (uint64, error) {
 	end := l.Committed()
 	seq, err := l.stream.lastMatching(int(min(n, 1<<31)), end, match)
 	if err != nil {

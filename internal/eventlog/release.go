@@ -16,5 +16,5 @@ func LastIn(fsys FS, dir string) (uint64, error) {
 	if err := s.load(); err != nil {
 		return 0, err
 	}
-	return s.lastMatching(1, ^uint64(0), func(*Record) bool { return true })
+	return s.lastMatching(1, ^uint64(0), func(*Record) (bool, error) { return true, nil })
 }

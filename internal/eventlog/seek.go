@@ -129,7 +129,7 @@ func (c *cursor) firstFrom(when string) (uint64, error) {
 // lastMatching gives the number of the n-th newest record with a number of at
 // most upTo that match accepts, the oldest such if there are fewer, 0 if there
 // is none. It reads backwards, so that a short answer is a quick one.
-func (s *stream) lastMatching(n int, upTo uint64, match func(*Record) bool) (uint64, error) {
+func (s *stream) lastMatching(n int, upTo uint64, match func(*Record) (bool, error)) (uint64, error) {
 	segs := s.snapshot()
 	oldest := uint64(0)
 	bufp := buffers.Get().(*[]byte)
@@ -146,7 +146,12 @@ func (s *stream) lastMatching(n int, upTo uint64, match func(*Record) bool) (uin
 			}
 			return 0, err
 		}
-		seq, found, err := lastInFile(f, *bufp, segs[i].size, n, func(r *Record) bool { return r.Seq <= limit && match(r) })
+		seq, found, err := lastInFile(f, *bufp, segs[i].size, n, func(r *Record) (bool, error) {
+			if r.Seq > limit {
+				return false, nil
+			}
+			return match(r)
+		})
 		_ = f.Close() // opened for reading
 		if err != nil {
 			return 0, err
@@ -161,7 +166,7 @@ func (s *stream) lastMatching(n int, upTo uint64, match func(*Record) bool) (uin
 
 // lastInFile looks for the n newest matching records in the file's first size
 // bytes and gives the oldest of them and how many there were.
-func lastInFile(f File, buf []byte, size int64, n int, match func(*Record) bool) (oldest uint64, found int, err error) {
+func lastInFile(f File, buf []byte, size int64, n int, match func(*Record) (bool, error)) (oldest uint64, found int, err error) {
 	var seqs []uint64
 	for hi := size; hi > 0 && found < n; {
 		lo := max(0, hi-int64(len(buf)))
@@ -181,7 +186,14 @@ func lastInFile(f File, buf []byte, size int64, n int, match func(*Record) bool)
 		seqs = seqs[:0]
 		for line := range bytes.Lines(b[start:]) {
 			var rec Record
-			if parseRecord(bytes.TrimSuffix(line, []byte("\n")), &rec, true) == nil && match(&rec) {
+			if parseRecord(bytes.TrimSuffix(line, []byte("\n")), &rec, true) != nil {
+				continue
+			}
+			ok, err := match(&rec)
+			if err != nil {
+				return 0, 0, err
+			}
+			if ok {
 				seqs = append(seqs, rec.Seq)
 			}
 		}

@@ -170,7 +170,7 @@ func (l *Log) OldestOf(vm string) (uint64, error) {
 }
 
 // LastMatchingOf is LastMatching over a VM's own stream.
-func (l *Log) LastMatchingOf(vm string, n uint64, match func(*Record) bool) (uint64, error) {
+func (l *Log) LastMatchingOf(vm string, n uint64, match func(*Record) (bool, error)) (uint64, error) {
 	st, position, err := l.vmStream(vm)
 	if err != nil {
 		return 0, err
@@ -194,7 +194,10 @@ func (l *Log) LastMatchingOf(vm string, n uint64, match func(*Record) bool) (uin
 		if !ok {
 			break
 		}
-		if match(&rec) {
+		if ok, err = match(&rec); err != nil {
+			return 0, err
+		}
+		if ok {
 			newer = append(newer, rec.Seq)
 		}
 	}

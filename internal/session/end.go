@@ -42,6 +42,7 @@ func (s *Session) conclude(err error) {
 // bye says why the session ends, and takes it down. The table of VMs knows it
 // before anything is waited for that may take long.
 func (s *Session) bye(end End) {
+	s.stopSearch()
 	for _, sub := range s.subscriptions() {
 		s.broker.Unsubscribe(sub)
 	}

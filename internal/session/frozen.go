@@ -58,6 +58,7 @@ func (s *Session) HandOver() bool {
 		return false
 	}
 	_ = s.conn.SetDeadline(time.Unix(1, 0)) // as End does
+	s.stopSearch()
 	s.opts.Idle.wake(s)
 	return true
 }

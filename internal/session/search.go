@@ -1,6 +1,8 @@
 package session
 
 import (
+	"context"
+	"errors"
 	"sync/atomic"
 	"time"
 
@@ -48,6 +50,9 @@ func (s *Session) prepareInTime(r request) (*Subscription, error) {
 		if settled.CompareAndSwap(false, true) {
 			done <- result{sub, err}
 		} else if err == nil {
+			if sub.found != nil {
+				s.found = sub.found // for who asks again
+			}
 			sub.drop()
 		}
 	})
@@ -66,31 +71,145 @@ func (s *Session) prepareInTime(r request) (*Subscription, error) {
 	return nil, refusal
 }
 
-// searchSlice is how long a search may go on while others wait for their turn.
+// searchSlice is how long a search may go on while others wait for their turn, and after
+// its session has ended: what takes no longer a hand-over does not cut short.
 const searchSlice = 50 * time.Millisecond
 
-// search looks for the n-th last record that the subscription may hear. It takes
-// turns with others, so that a search through all that is kept does not hold up one
-// for the last few records.
+// found is what a search for the n last records on topic has come to: up to end there are as
+// many from start on, or all that there are. Those from mark on, fewer than n, have come
+// since the search began; mark means nothing while newer is 0.
+type found struct {
+	topic      string
+	n          uint64
+	start, end uint64
+	mark       uint64
+	newer      uint64
+}
+
+// search looks for the n-th last record that the subscription may hear.
+//
+// Where an earlier search for the same was given up on, it goes on from what that has come
+// to: in a log that takes longer than [searchTime] none would ever be done in time. It then
+// begins with what were the n last a moment ago, and up to n-1 that have come since are
+// heard besides: which of the oldest to leave out for them only another search could tell.
 func (sub *Subscription) search(n uint64) (uint64, error) {
 	s := sub.s
 	if !s.guest.Search() {
 		return 0, stalled("this VM is searching the event log already; subscribe again when that is done")
 	}
 	defer s.guest.SearchDone()
-	s.opts.Scans <- struct{}{}
-	defer func() { <-s.opts.Scans }()
-	began, looked := time.Now(), 0
-	hears := func(rec *eventlog.Record) bool {
-		if looked++; looked%256 == 0 && time.Since(began) >= searchSlice {
-			<-s.opts.Scans
-			s.opts.Scans <- struct{}{} // those who wait come first
-			began = time.Now()
-		}
-		return sub.hears(rec)
+	ctx, stop := context.WithCancel(context.Background())
+	defer stop()
+	s.searching.Store(&stop)
+	defer s.searching.Store(nil)
+	if s.ended.Load() != nil { // before there was anything to stop
+		stop()
 	}
+	if s.found == nil || s.found.topic != sub.topic || s.found.n != n {
+		return sub.scan(ctx, n)
+	}
+	f := *s.found
+	if err := sub.catchUp(ctx, &f); err != nil {
+		return 0, err
+	}
+	s.found, sub.found = nil, &f
+	oldest, err := sub.oldest()
+	return max(f.start, oldest), err // what has expired since is no gap
+}
+
+// stopSearch ends a search of the log. Call it once the session has ended, or is handed over.
+func (s *Session) stopSearch() {
+	if stop := s.searching.Load(); stop != nil {
+		(*stop)()
+	}
+}
+
+func cutShort() error {
+	return stalled("castrad restarts, and has not searched the event log to the end; subscribe again")
+}
+
+// catchUp takes in what has come since f was found. It needs no turn: it reads little, and
+// that forwards, as any subscriber does.
+func (sub *Subscription) catchUp(ctx context.Context, f *found) (err error) {
+	log := sub.s.opts.Log
+	end, r := log.Committed(), log.NewReader(f.end+1)
 	if sub.own() {
-		return s.opts.Log.LastMatchingOf(s.vm, n, hears)
+		if r, err = log.NewVMReader(sub.s.vm, f.end+1); err != nil {
+			return err
+		}
 	}
-	return s.opts.Log.LastMatching(n, hears)
+	defer r.Close()
+	var rec eventlog.Record
+	for r.Position() <= end {
+		if ctx.Err() != nil {
+			return cutShort()
+		}
+		ok, err := r.Next(&rec)
+		if _, gone := errors.AsType[*eventlog.Gap](err); gone {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		if !ok || rec.Seq > end {
+			break
+		}
+		if !sub.hears(&rec) {
+			continue
+		}
+		if f.newer == 0 {
+			f.mark = rec.Seq
+		}
+		if f.newer++; f.newer == f.n { // those before are not among the last any more
+			f.start, f.newer = f.mark, 0
+		}
+	}
+	f.end = end
+	return nil
+}
+
+// scan reads the log backwards. It takes turns with others, so that a search through all
+// that is kept does not hold up one for the last few records.
+func (sub *Subscription) scan(ctx context.Context, n uint64) (start uint64, err error) {
+	s := sub.s
+	var began time.Time
+	turn := func() bool { // those who wait come first
+		select {
+		case s.opts.Scans <- struct{}{}:
+			began = time.Now()
+			return true
+		case <-ctx.Done():
+			return false
+		}
+	}
+	if !turn() {
+		return 0, cutShort()
+	}
+	holds, looked := true, 0
+	defer func() {
+		if holds {
+			<-s.opts.Scans
+		}
+	}()
+	hears := func(rec *eventlog.Record) (bool, error) {
+		looked++
+		over := ctx.Err() != nil // which takes less time than to look at the clock
+		if (over || looked%256 == 0) && time.Since(began) >= searchSlice {
+			<-s.opts.Scans
+			if holds = !over && turn(); !holds {
+				return false, cutShort()
+			}
+		}
+		return sub.hears(rec), nil
+	}
+	end := s.opts.Log.Committed()
+	if sub.own() {
+		start, err = s.opts.Log.LastMatchingOf(s.vm, n, hears)
+	} else {
+		start, err = s.opts.Log.LastMatching(n, hears)
+	}
+	if err == nil {
+		sub.found = &found{topic: sub.topic, n: n, start: start, end: end}
+	}
+	return start, err
 }

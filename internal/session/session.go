@@ -180,7 +180,9 @@ type Session struct {
 	ordered bool  // the guest has CapOrdered
 	held    *Held // the reader's; nil: none
 
-	lost <-chan struct{} // the reader's: closed when a search of the log ends that was given up; nil: none was
+	lost      <-chan struct{}                    // the reader's: closed when a search of the log ends that was given up; nil: none was
+	found     *found                             // of who searches: what the last one came to that was given up; nil: there is none
+	searching atomic.Pointer[context.CancelFunc] // stops the one under way; nil: none is
 
 	// What a session that is handed over takes with it, see Frozen.
 	unread []byte // the reader's
@@ -223,6 +225,7 @@ func (s *Session) End(reason, detail string) {
 		// A deadline in the past wakes reader and writer; the reader then says
 		// good-bye and closes.
 		_ = s.conn.SetDeadline(time.Unix(1, 0))
+		s.stopSearch()
 		s.opts.Idle.wake(s)
 	}
 }

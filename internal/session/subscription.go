@@ -36,6 +36,7 @@ type Subscription struct {
 	start   atomic.Uint64 // the first record that it may hear; the largest number until it is known
 	prefix  []byte        // what each delivery begins with
 	visible func(*eventlog.Record) bool
+	found   *found // what was searched for it; nil: nothing was
 
 	reader *eventlog.Reader // of whoever may read
 
@@ -304,10 +305,7 @@ func (sub *Subscription) begin(from wire.From) (uint64, error) {
 	var err error
 	switch from.Kind {
 	case wire.FromStart:
-		if start = log.Oldest(); sub.own() {
-			start, err = log.OldestOf(vm)
-		}
-		start = max(1, start) // there is no segment where none could be made yet
+		start, err = sub.oldest()
 	case wire.FromSeq:
 		start = max(1, from.N)
 	case wire.FromLast:
@@ -330,6 +328,17 @@ func (sub *Subscription) begin(from wire.From) (uint64, error) {
 func (sub *Subscription) own() bool {
 	_, owned := sub.pattern.VM()
 	return owned
+}
+
+// oldest gives the first record that is kept of what it may hear, the first of all where
+// nothing is, as where no segment could be made yet.
+func (sub *Subscription) oldest() (oldest uint64, err error) {
+	if sub.own() {
+		oldest, err = sub.s.opts.Log.OldestOf(sub.s.vm)
+	} else {
+		oldest = sub.s.opts.Log.Oldest()
+	}
+	return max(1, oldest), err
 }
 
 func (sub *Subscription) open(start uint64) error {

@@ -88,6 +88,12 @@ type side struct {
 	rss                     float64   // MiB, in its last turn
 }
 
+// begin starts it, and takes the time.
+func (s *side) begin() {
+	castrad, took := s.timedStart(fmt.Sprint("castrad", len(s.starts)))
+	s.castrad, s.starts = castrad, append(s.starts, took.Seconds()*1e3)
+}
+
 // turn measures it under load for d.
 func (s *side) turn(d time.Duration) {
 	s.coldLog() // what was written or removed before is not to be written beside it
@@ -100,10 +106,9 @@ func (s *side) turn(d time.Duration) {
 
 // anew is turn for one that is begun with nothing each time.
 func (s *side) anew(d time.Duration) {
-	castrad, took := s.timedStart(fmt.Sprint("castrad", len(s.starts)))
-	s.castrad, s.starts = castrad, append(s.starts, took.Seconds()*1e3)
+	s.begin()
 	s.turn(d)
-	s.stop("castrad", castrad)
+	s.stop("castrad", s.castrad)
 	for _, dir := range []string{"log", "state"} {
 		if err := os.RemoveAll(s.path(dir)); err != nil {
 			s.Fatal(err)
@@ -143,9 +148,7 @@ func (p *past) measure(b *testing.B) {
 			full.stop("castrad", full.castrad)
 		}
 		full.coldLog()
-		var took time.Duration
-		full.castrad, took = full.timedStart(fmt.Sprint("castrad", i))
-		full.starts = append(full.starts, took.Seconds()*1e3)
+		full.begin()
 	}
 	if p.again != nil {
 		p.again(full.lab)

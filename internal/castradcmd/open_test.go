@@ -9,6 +9,25 @@ import (
 	"github.com/sirupsen/logrus/hooks/test"
 )
 
+// opened is a daemon with the configuration at path that has opened what is on disk, until
+// the test ends, and what it logs.
+func opened(t *testing.T, path string) (*daemon, *test.Hook) {
+	t.Helper()
+	cfg, err := load(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	log, hook := test.NewNullLogger()
+	d := &daemon{path: path, cfg: cfg, log: log}
+	unlock, err := d.open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(unlock)
+	t.Cleanup(func() { _ = d.broker.Close() })
+	return d, hook
+}
+
 // State and log may be in one directory, and it still belongs to one castrad.
 func TestOneDirectory(t *testing.T) {
 	dir := t.TempDir()
@@ -17,19 +36,8 @@ func TestOneDirectory(t *testing.T) {
 	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	cfg, err := load(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	log, _ := test.NewNullLogger()
-	d := &daemon{path: path, cfg: cfg, log: log}
-	unlock, err := d.open()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer unlock()
-	defer d.broker.Close()
-	if _, err := (&daemon{path: path, cfg: cfg, log: log}).open(); err == nil || !strings.Contains(err.Error(), "in use by another castrad") {
+	d, _ := opened(t, path)
+	if _, err := (&daemon{path: path, cfg: d.cfg, log: d.log}).open(); err == nil || !strings.Contains(err.Error(), "in use by another castrad") {
 		t.Errorf("a second one: %v", err)
 	}
 }

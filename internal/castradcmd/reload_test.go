@@ -5,8 +5,6 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-
-	"github.com/sirupsen/logrus/hooks/test"
 )
 
 // A change that only a restart brings is told of at each reload until it is taken back,
@@ -27,18 +25,7 @@ vms_dir = ""
 		}
 	}
 	write("1MiB")
-	cfg, err := load(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	log, hook := test.NewNullLogger()
-	d := &daemon{path: path, cfg: cfg, log: log}
-	unlock, err := d.open()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer unlock()
-	defer d.broker.Close()
+	d, hook := opened(t, path)
 	for _, step := range []struct {
 		segment string
 		waits   bool

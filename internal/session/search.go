@@ -130,13 +130,11 @@ func cutShort() error {
 
 // catchUp takes in what has come since f was found. It needs no turn: it reads little, and
 // that forwards, as any subscriber does.
-func (sub *Subscription) catchUp(ctx context.Context, f *found) (err error) {
-	log := sub.s.opts.Log
-	end, r := log.Committed(), log.NewReader(f.end+1)
-	if sub.own() {
-		if r, err = log.NewVMReader(sub.s.vm, f.end+1); err != nil {
-			return err
-		}
+func (sub *Subscription) catchUp(ctx context.Context, f *found) error {
+	end := sub.s.opts.Log.Committed()
+	r, err := sub.readFrom(f.end + 1)
+	if err != nil {
+		return err
 	}
 	defer r.Close()
 	var rec eventlog.Record

@@ -342,22 +342,28 @@ func (sub *Subscription) oldest() (oldest uint64, err error) {
 }
 
 func (sub *Subscription) open(start uint64) error {
-	log := sub.s.opts.Log
 	sub.start.Store(start)
 	sub.position.Store(start - 1)
 	sub.sent.Store(start - 1)
 	// What is committed from here on, it is notified of.
-	sub.behind.Store(start <= log.Committed())
-	sub.reader = log.NewReader(start)
-	if sub.own() && sub.behind.Load() {
-		r, err := log.NewVMReader(sub.s.vm, start)
-		if err != nil {
-			sub.s.broker.Unsubscribe(sub)
-			return err
-		}
-		sub.reader = r
+	sub.behind.Store(start <= sub.s.opts.Log.Committed())
+	r, err := sub.readFrom(start)
+	if err != nil {
+		sub.s.broker.Unsubscribe(sub)
+		return err
 	}
+	sub.reader = r
 	return nil
+}
+
+// readFrom gives a reader of what it may hear, and of what else is committed. The VM's own
+// stream has nothing that is still to be.
+func (sub *Subscription) readFrom(seq uint64) (*eventlog.Reader, error) {
+	log := sub.s.opts.Log
+	if sub.own() && seq <= log.Committed() {
+		return log.NewVMReader(sub.s.vm, seq)
+	}
+	return log.NewReader(seq), nil
 }
 
 // acknowledged takes in the guest's word that it has processed what it was
